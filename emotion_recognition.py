@@ -8,10 +8,10 @@ Trains and compares seven ways to tell eight emotions apart on speakers the mode
      |                                                            |     one new classification head
      '--> transcript (simulated | Whisper) --> TextRNN, TextBERT -'---> late fusion: mean of probabilities
 
-    python emotion_recognition.py                          everything, on the corpus in archive/
-    python emotion_recognition.py --demo                   everything, on a small synthetic corpus
-    python emotion_recognition.py --phase fusion --epochs-cnn 5      a part of it, other settings
-    python emotion_recognition.py --help                   every setting is a constant and a flag
+    python emotion_recognition.py                                everything, on the corpus in archive/
+    python emotion_recognition.py --demo                         everything, on a small synthetic corpus
+    python emotion_recognition.py --phase fusion --epochs-cnn 5  a part of it, with other settings
+    python emotion_recognition.py --help                         every setting is a constant and a flag
 
 The README holds the measured figures and the commands that measured them.
 
@@ -55,7 +55,7 @@ from sklearn import metrics
 from sklearn.model_selection import train_test_split
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
 from tqdm.auto import tqdm
 
 # %% 3. Configuration: every constant is a flag (EPOCHS_CNN -> --epochs-cnn), its comment the help text
@@ -84,10 +84,10 @@ N_MELS = 64                      # mel bands, 50 Hz to half the sampling rate
 N_FFT = 1024                     # samples in an FFT window
 HOP_LENGTH = 256                 # samples between two frames
 SPEEDS = "0.84,0.89,0.94,1,1.06,1.12,1.19"  # voices heard in training, as resampling factors
-# Training; NAME_CNN, NAME_RNN, NAME_BERT or NAME_FUSION goes before NAME
+# Training; a constant NAME_CNN, NAME_RNN, NAME_BERT or NAME_FUSION goes before NAME
 EPOCHS_CNN = 60                  # passes over the training split, AudioCNN
 EPOCHS_RNN = 20                  # the same, TextRNN
-EPOCHS_BERT = 6                  # the same, TextBERT
+EPOCHS_BERT = 4                  # the same, TextBERT
 EPOCHS_FUSION = 8                # the same, early fusion
 BATCH_SIZE = 32                  # clips in a batch
 LEARNING_RATE = 2e-3             # peak of the one-cycle schedule
@@ -112,17 +112,15 @@ CHOICES = {
 DEMO_SETTINGS = {"epochs_cnn": 8, "epochs_bert": 12, "epochs_fusion": 4, "learning_rate_bert": 2e-3}
 TRAINING = "epochs batch_size learning_rate weight_decay dropout label_smoothing ema_decay class_weights".split()
 FEATURES = "sampling_rate trim_db clip_seconds n_mels n_fft hop_length speeds".split()
-
 EMOTIONS = ["neutral", "calm", "happy", "sad", "angry", "fearful", "disgust", "surprised"]  # in code order
-CITATION = ("Livingstone S. R., Russo F. A. (2018). The Ryerson Audio-Visual Database of Emotional Speech and "
-            "Song (RAVDESS). PLoS ONE 13(5): e0196391. CC BY-NC-SA 4.0.",)
+
 
 # %% 4. Command line, messages and files
 class UserError(Exception):
-    """What the user can mend, in one sentence; a script ends with exit code 2, a notebook cell with the sentence."""
+    """One sentence on what the user can mend; ends a script with exit code 2, a notebook cell without traceback."""
 
     def _render_traceback_(self):
-        """What Jupyter shows instead of a traceback."""
+        """What Jupyter shows in place of a traceback."""
         return [f"error: {self}"]
 
 
@@ -130,42 +128,40 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are UserErrors, so that a notebook cell survives them."""
 
     def error(self, message):
+        """Raise what argparse would print."""
         raise UserError(f"{message} (--help lists every flag)")
 
 
-def help_texts():
-    """The trailing comments of the configuration section, by constant name; empty where there is no file."""
-    source = Path(__file__).read_text(encoding="utf-8") if "__file__" in globals() else ""
-    return dict(re.findall(r"^([A-Z_]+) = .+?  # (.+)$", source, re.MULTILINE))
-
-
 def make_parser():
-    """The command line: a flag per constant, its default read from the constant now."""
+    """The command line: a flag per constant, its default read from the constant now, its help from the comment."""
     parser = Parser(prog="emotion_recognition.py", allow_abbrev=False, argument_default=argparse.SUPPRESS,
                     description="Speech emotion recognition on RAVDESS: sound, words, and both.")
-    texts = help_texts()
+    source = Path(__file__).read_text(encoding="utf-8") if "__file__" in globals() else ""
+    texts = dict(re.findall(r"^([A-Z_]+) = .+?  # (.+)$", source, re.MULTILINE))
     for name, kind in SETTINGS.items():
         flag, text = "--" + name.lower().replace("_", "-"), f"{texts.get(name, '')} (default: {globals()[name]})"
         if kind is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
         else:
             choices = CHOICES.get(name.lower())
-            parser.add_argument(flag, type=kind, choices=choices, help=text, metavar=None if choices else kind.__name__)
+            metavar = None if choices else kind.__name__
+            parser.add_argument(flag, type=kind, choices=choices, help=text, metavar=metavar)
     return parser
 
 
 def parse_settings(argv=None):
     """Settings as a namespace of lower-case names: constants, then flags; `given` holds the flags' names."""
     if argv is None:
-        argv = [] if "kernel_launcher" in sys.argv[0] else sys.argv[1:]
+        argv = [] if "kernel_launcher" in sys.argv[0] else sys.argv[1:]  # a kernel's arguments are not ours
     given = vars(make_parser().parse_args(argv))
     values = {name.lower(): globals()[name] for name in SETTINGS}
     if (values | given)["demo"]:
         if "ravdess_path" in given:
             raise UserError("--demo makes its own corpus: leave out --demo or --ravdess-path")
-        values.update({name: min(values[name], value) if name.startswith("epochs") else value
-                       for name, value in DEMO_SETTINGS.items()}, ravdess_path="archive/demo/corpus", bert_model="archive/demo/distilbert")
-        given["output_dir"] = str(Path(given.get("output_dir", values["output_dir"])) / "demo")
+        for name, value in DEMO_SETTINGS.items():
+            values[name] = min(values[name], value) if name.startswith("epochs") else value
+        values.update(ravdess_path="archive/demo/corpus", bert_model="archive/demo/distilbert")
+        given["output_dir"] = str(Path(given.get("output_dir", values["output_dir"]), "demo"))
     cfg = SimpleNamespace(**(values | given), given=sorted(given))
     check_settings(cfg)
     return cfg
@@ -174,26 +170,25 @@ def parse_settings(argv=None):
 def check_settings(cfg):
     """Raise a UserError that names the first setting whose type or value cannot be."""
     for name, kind in SETTINGS.items():
-        key, value = name.lower(), getattr(cfg, name.lower())
-        flag = "--" + key.replace("_", "-")
-        if not (type(value) is kind or kind is float and type(value) is int):
+        key, value, flag = name.lower(), getattr(cfg, name.lower()), "--" + name.lower().replace("_", "-")
+        least, share = int(key != "seed"), key.endswith(("dropout", "smoothing", "ema_decay"))
+        if not (type(value) is kind or (kind is float and type(value) is int)):
             raise UserError(f"{flag} {value!r} is not of type {kind.__name__}")
         if key in CHOICES and value not in CHOICES[key]:
             raise UserError(f"{flag} {value!r} is none of {', '.join(CHOICES[key])}")
-        if kind is int and value < (key != "seed"):
-            raise UserError(f"{flag} {value} is too small: a whole number from {int(key != 'seed')} on")
-        share = key.endswith(("dropout", "smoothing", "ema_decay"))
+        if kind is int and value < least:
+            raise UserError(f"{flag} {value} is too small: give a whole number from {least} on")
         if kind is float and not 0 <= value < (1 if share else math.inf):
-            raise UserError(f"{flag} {value} is outside 0 to {'1' if share else 'any positive number'}")
-    unknown = [name for name in names_in(cfg.run_models) if name not in MODELS]
-    if unknown or not names_in(cfg.run_models):
-        raise UserError(f"--run-models {cfg.run_models!r} names no model such as {', '.join(MODELS)}")
+            raise UserError(f"{flag} {value} is not a number from 0 on{' and below 1' if share else ''}")
+    names = names_in(cfg.run_models)
+    if not names or not set(names) <= set(MODELS):
+        raise UserError(f"--run-models {cfg.run_models!r} is not a list of names out of {', '.join(MODELS)}")
     try:
         speeds(cfg)
     except ValueError:
-        raise UserError(f"--speeds {cfg.speeds!r} is not a list of numbers between 0.5 and 2") from None
-    if cfg.clip_seconds * cfg.sampling_rate < 8 * cfg.hop_length:
-        raise UserError(f"--clip-seconds {cfg.clip_seconds} is shorter than eight hops of --hop-length {cfg.hop_length}")
+        raise UserError(f"--speeds {cfg.speeds!r} is not a list of numbers from 0.5 to 2") from None
+    if cfg.clip_seconds * cfg.sampling_rate < 16 * cfg.hop_length:
+        raise UserError(f"--clip-seconds {cfg.clip_seconds} is shorter than 16 hops of --hop-length {cfg.hop_length}")
 
 
 def names_in(text):
@@ -202,21 +197,21 @@ def names_in(text):
 
 
 def settings_for(cfg, name):
-    """The training settings of one model: its own constant (EPOCHS_CNN) where there is one, else the common one."""
-    suffix = "_" + MODELS[name].suffix
-    return {key: getattr(cfg, key + suffix, getattr(cfg, key, None)) for key in TRAINING}
+    """The training settings of one model: its own constant (EPOCHS_CNN) if there is one, else the common one."""
+    return {key: getattr(cfg, f"{key}_{MODELS[name].suffix}", getattr(cfg, key, None)) for key in TRAINING}
 
 
 def marks(cfg):
-    """What every page and plot must say about how its figures came to be; a list of short sentences."""
-    return ([] if not cfg.demo else ["synthetic demo corpus: the figures mean nothing"]) + (
-        [] if not cfg.use_simulated_sentences else ["text rows: simulated sentences (oracle)"]) + (
-        [] if cfg.split == "speaker" else ["random split: speakers shared between splits"])
+    """What every page and plot must say about how its figures came to be, as a list."""
+    notes = {"synthetic demo corpus: the figures mean nothing": cfg.demo,
+             "text: simulated sentences (oracle)": cfg.use_simulated_sentences,
+             "random split: speakers shared between splits": cfg.split == "random"}
+    return [note for note, holds in notes.items() if holds]
 
 
 def in_kernel():
     """Whether this runs in a notebook kernel."""
-    return "ipykernel" in sys.modules and "IPython" in sys.modules and sys.modules["IPython"].get_ipython() is not None
+    return "ipykernel" in sys.modules and sys.modules["IPython"].get_ipython() is not None
 
 
 @contextlib.contextmanager
@@ -228,47 +223,47 @@ def replacing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror or error}): free it or name another --output-dir") from error
+    except (OSError, soundfile.LibsndfileError) as error:
+        raise UserError(f"{path} cannot be written ({error}): make room for it or name another --output-dir") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
 
 
-def write_json(path, value):
-    """Write builtin containers as readable JSON."""
+def save(path, content):
+    """Write bytes, a DataFrame (as CSV, six decimals) or builtin containers (as JSON)."""
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1), encoding="utf-8")
+        if isinstance(content, bytes):
+            temporary.write_bytes(content)
+        elif isinstance(content, pd.DataFrame):
+            content.to_csv(temporary, index=False, float_format="%.6f")
+        else:
+            temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
-def write_table(path, table):
-    """Write a DataFrame as CSV, six decimals."""
-    with replacing(path) as temporary:
-        table.to_csv(temporary, index=False, float_format="%.6f")
-
-
-def read_output(path, read):
-    """read(path), or a UserError that says how to make the file that is missing or broken."""
+def read_back(path, read=lambda path: json.loads(path.read_text(encoding="utf-8"))):
+    """read(path), by default as JSON; a UserError says how to make a file that is missing or broken."""
     try:
         return read(path)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path} is missing or not readable ({error}): make it with --phase all, "
-                        "or name the finished run's --output-dir") from error
+        raise UserError(f"{path} is missing or not readable ({error}): make it with --phase all, or name the "
+                        "--output-dir of a finished run") from error
 
 
 def in_parallel(function, items, title):
-    """[function(item), ...] from a pool of threads, in order, with a progress bar; safe in notebooks and on Windows."""
+    """[function(item), ...] by a pool of threads, with a progress bar; safe in notebooks and on Windows."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            return list(tqdm(pool.map(function, items), title, len(items), leave=False, disable=len(items) < 500))
+            results = pool.map(function, items)
+            return list(tqdm(results, title, len(items), leave=False, disable=len(items) < 500))
     finally:
         torch.set_num_threads(threads)
 
 
 def digest(*parts):
-    """A short hexadecimal key of the content of strings, bytes and JSON-ready values."""
+    """A short hexadecimal key of bytes and JSON-ready values."""
     sha = hashlib.sha1(usedforsecurity=False)
     for part in parts:
         sha.update(part if isinstance(part, bytes) else json.dumps(part, sort_keys=True).encode())
@@ -277,9 +272,7 @@ def digest(*parts):
 
 # %% 5. The corpus
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
-CLIP_NAME = re.compile(r"(\d\d)-(\d\d)-(\d\d)-(\d\d)-(\d\d)-(\d\d)-(\d\d)")
-GET_RAVDESS = ("download Audio_Speech_Actors_01-24.zip from https://zenodo.org/records/1188976 and unpack it into "
-               "archive/audio_speech_actors_01-24/",)
+CLIP_NAME = re.compile(r"(\d\d)-(\d\d)-(\d\d)-(\d\d)-(\d\d)-(\d\d)-(\d\d)")  # modality-channel-emotion-...
 
 
 def find_corpus(cfg):
@@ -288,133 +281,129 @@ def find_corpus(cfg):
     cache = Path(os.environ.get("KAGGLEHUB_CACHE", Path.home() / ".cache" / "kagglehub"))
     places = [Path(cfg.ravdess_path)] + ([Path("archive"), Path("/kaggle/input"), cache] if usual else [])
     for place in places:
-        if place.is_dir() and any(speech_files(place)):
+        if any(kind == "speech" for _, kind, _ in audio_files(place)):
             return place
-    looked = ", ".join(map(str, places))
     if usual:
-        raise UserError(f"no RAVDESS clips under {looked}: {GET_RAVDESS[0]}; or name a folder with --ravdess-path; "
-                        "or try the synthetic corpus with --demo")
+        raise UserError(
+            f"no RAVDESS clips in {', '.join(map(str, places))}: download Audio_Speech_Actors_01-24.zip from "
+            f"https://zenodo.org/records/1188976 and unpack it into {RAVDESS_PATH}, or name its folder with "
+            "--ravdess-path, or try the synthetic corpus with --demo")
     path = places[0]
     why = ("does not exist" if not path.exists() else "is a file, not a folder" if path.is_file() else
-           "is empty" if not any(path.iterdir()) else "holds no audio-only speech clips named like 03-01-05-01-02-01-12.wav")
-    raise UserError(f"{path} {why}: name the folder of the RAVDESS clips with --ravdess-path")
+           "is empty" if not any(path.iterdir()) else "holds no clips named like 03-01-05-01-02-01-12.wav")
+    raise UserError(f"{path} {why}: name the folder of the RAVDESS speech clips with --ravdess-path")
 
 
 def audio_files(folder):
-    """(path, matched name or None) of every audio or video file under a folder, in sorted order."""
+    """(path, kind, codes) of every audio and video file under a folder; kind is speech, song, video or other."""
     for root, folders, files in os.walk(folder):
-        folders[:] = sorted(f for f in folders if not (f == "demo" and Path(root).name == "archive"))
-        for file in sorted(files):
-            path = Path(root, file)
-            if path.suffix.lower() in (*AUDIO_SUFFIXES, ".mp4"):
-                yield path, CLIP_NAME.fullmatch(path.stem)
-
-
-def speech_files(folder):
-    """The paths of audio-only speech clips under a folder."""
-    return (path for path, name in audio_files(folder)
-            if name and name[0].startswith("03-01") and path.suffix.lower() in AUDIO_SUFFIXES)
+        folders[:] = sorted(name for name in folders if (Path(root).name, name) != ("archive", "demo"))
+        for path in (Path(root, file) for file in sorted(files)):
+            name, suffix = CLIP_NAME.fullmatch(path.stem), path.suffix.lower()
+            if suffix in AUDIO_SUFFIXES or suffix == ".mp4":
+                codes = [int(code) for code in name.groups()] if name else []
+                yield path, ("other" if not codes else "video" if codes[0] != 3 or suffix == ".mp4" else
+                             {1: "speech", 2: "song"}.get(codes[1], "other")), codes
 
 
 def index_clips(folder):
     """Find the audio-only speech clips under a folder.
 
     Returns a DataFrame with a row per clip, sorted by name (clip, path, emotion, actor, intensity, statement,
-    repetition, sex, digest of the bytes), and the audit: counts of files and the files left out, with reasons.
-    A name that occurs twice counts once; two names with the same bytes are both kept. Raises UserError.
+    repetition, sex, digest of the bytes), and the audit, a dict of counts and of files left out with reasons. A
+    name that occurs twice counts once; two names with the same bytes are both kept. Raises UserError.
     """
-    audit = {"folder": str(folder), "files": 0, "song": 0, "video": 0, "other": 0, "twins": 0, "left_out": {}}
-    found = {}
-    for path, name in audio_files(folder):
-        audit["files"] += 1
-        if not name:
-            audit["other"] += 1
-        elif name[1] != "03" or path.suffix.lower() == ".mp4":
-            audit["video"] += 1
-        elif name[2] != "01":
-            audit["song"] += 1
-        elif path.stem in found:
+    audit, found = {"folder": str(folder), "left_out": {}, "twins": 0}, {}
+    counts = Counter()
+    for path, kind, codes in audio_files(folder):
+        counts[kind] += 1
+        if kind == "speech" and path.stem in found:
             audit["twins"] += 1
-        else:
-            _, _, emotion, intensity, statement, repetition, actor = (int(code) for code in name.groups())
-            if not (1 <= emotion <= 8 and {intensity, statement, repetition} <= {1, 2} and actor):
-                audit["left_out"][str(path)] = "a code in its name is not one of RAVDESS"
+        elif kind == "speech":
+            emotion, intensity, statement, repetition, actor = codes[2:]
+            if not (1 <= emotion <= len(EMOTIONS) and {intensity, statement, repetition} <= {1, 2} and actor):
+                audit["left_out"][str(path)] = "a code in its name is none of RAVDESS's"
                 continue
-            found[path.stem] = dict(clip=path.stem, path=str(path), emotion=EMOTIONS[emotion - 1], actor=actor,
-                                    intensity=intensity, statement=statement, repetition=repetition,
-                                    sex="male" if actor % 2 else "female")
+            found[path.stem] = {"clip": path.stem, "path": str(path), "emotion": EMOTIONS[emotion - 1],
+                                "actor": actor, "intensity": intensity, "statement": statement,
+                                "repetition": repetition, "sex": "male" if actor % 2 else "female"}
     if not found:
-        raise UserError(f"{folder} holds no usable RAVDESS speech clip: name another folder with --ravdess-path")
-    clips = pd.DataFrame(sorted(found.values(), key=lambda row: row["clip"]))
+        raise UserError(f"{folder} holds no RAVDESS speech clip that can be used: see --ravdess-path")
+    clips = pd.DataFrame(found.values()).sort_values("clip", ignore_index=True)
     clips["digest"] = in_parallel(lambda path: digest(Path(path).read_bytes()), clips["path"], "Reading files")
     same = clips[clips.duplicated("digest", keep=False)].groupby("digest")["clip"]
-    audit["same_bytes"] = [list(names) for _, names in same]
-    return clips, audit
+    return clips, audit | {"files": dict(counts), "same_bytes": [list(names) for _, names in same]}
 
 
 def complete_audit(clips, audit):
-    """Add what is there and what is missing from 24 actors x 60 clips; returns the audit."""
+    """The audit with what is used, per emotion, actor and split, and what is missing from 24 actors x 60 clips."""
     expected = {f"03-01-{e:02}-{i:02}-{s:02}-{r:02}-{a:02}" for a in range(1, 25) for e in range(1, 9)
                 for i in (1, 2) for s in (1, 2) for r in (1, 2) if (e, i) != (1, 2)}
-    audit["clips"] = len(clips)
-    audit["per_emotion"] = {e: int((clips["emotion"] == e).sum()) for e in EMOTIONS}
-    audit["per_actor"] = {str(a): int(n) for a, n in clips["actor"].value_counts().sort_index().items()}
-    audit["missing"] = sorted(expected - set(clips["clip"]))
-    return audit
+    splits = {split: clips[clips["split"] == split] for split in SPLITS}
+    return audit | {
+        "clips": len(clips), "missing": sorted(expected - set(clips["clip"])),
+        "per_emotion": {emotion: int((clips["emotion"] == emotion).sum()) for emotion in EMOTIONS},
+        "per_actor": {str(actor): int(n) for actor, n in clips["actor"].value_counts().sort_index().items()},
+        "splits": {split: {"clips": len(part), "actors": sorted(map(int, part["actor"].unique()))}
+                   for split, part in splits.items()}}
 
 
 def describe_audit(audit):
     """The audit as a list of sentences."""
-    lines = [f"{audit['files']} audio and video files under {audit['folder']}: {audit['clips']} speech clips of "
-             f"{len(audit['per_actor'])} actors used; {audit['twins']} second copies, {audit['song']} song, "
-             f"{audit['video']} video and {audit['other']} other files passed over.",
-             "Clips per emotion: " + ", ".join(f"{e} {n}" for e, n in audit["per_emotion"].items()) + ".",
-             "Clips per actor: " + ", ".join(f"{n} x {count} clips" for count, n in
-                                             sorted(Counter(audit["per_actor"].values()).items())) + "." ]
-    lines.append(f"Missing from the 24 x 60 clips of RAVDESS: {len(audit['missing'])}"
-                 + (f" (first: {audit['missing'][0]})." if audit["missing"] else "."))
-    lines += [f"Same bytes under two names, both kept: {' = '.join(names)}." for names in audit["same_bytes"]]
-    return lines + [f"Left out: {path}: {reason}." for path, reason in audit["left_out"].items()]
+    files, per_actor = Counter(audit["files"]), sorted(Counter(audit["per_actor"].values()).items())
+    return [
+        f"{files.total()} audio and video files in {audit['folder']}: {audit['clips']} speech clips of "
+        f"{len(audit['per_actor'])} actors are used; passed over: {audit['twins']} second copies, {files['song']} "
+        f"song, {files['video']} video, {files['other']} other, {len(audit['left_out'])} unusable.",
+        "Clips per emotion: " + ", ".join(f"{e} {n}" for e, n in audit["per_emotion"].items()) + ".",
+        "Clips per actor: " + ", ".join(f"{n} actors with {count}" for count, n in per_actor) + ".",
+        f"Missing from the 24 x 60 clips of RAVDESS: {len(audit['missing'])}"
+        + (f", the first {audit['missing'][0]}." if audit["missing"] else "."),
+        *(f"Same bytes under two names, both kept: {' = '.join(names)}." for names in audit["same_bytes"]),
+        *(f"Left out: {path}: {reason}." for path, reason in audit["left_out"].items()),
+        *(f"Split {split}: {part['clips']} clips of actors {' '.join(map(str, part['actors']))}."
+          for split, part in audit["splits"].items())]
 
 
 # %% 6. Splits
-# The five folds of Luna-Jimenez et al. (2021), validation actors as in Mak-Sim/ResLSTM-SER.
+# The five folds of Luna-Jimenez et al. (2021), with the validation actors of Mak-Sim/ResLSTM-SER.
 TEST_ACTORS = ((2, 5, 14, 15, 16), (3, 6, 7, 13, 18), (10, 11, 12, 19, 20), (8, 17, 21, 23, 24), (1, 4, 9, 22))
 VALIDATION_ACTORS = ((3, 6), (10, 11), (8, 17), (1, 14), (2, 5))
 SPLITS = ("train", "validation", "test")
 
 
 def fold_actors(actors, fold):
-    """(validation actors, test actors) of one fold; other corpora than the 24 actors go into up to five groups."""
-    if sorted(actors) == list(range(1, 25)):
+    """(validation actors, test actors) of one fold; other actors than 1 to 24 are dealt into up to five groups."""
+    if actors == list(range(1, 25)):
         return VALIDATION_ACTORS[fold], TEST_ACTORS[fold]
     groups = min(5, len(actors))
     if groups < 3 or fold >= groups:
-        raise UserError(f"{len(actors)} actor(s) cannot be split into three by speaker (fold {fold}): give a "
-                        "--ravdess-path with more actors, a lower --folds, or --split random")
+        raise UserError(f"{len(actors)} actor(s) cannot be split by speaker into training, validation and test (fold "
+                        f"{fold}): name more under --ravdess-path, lower --folds, or choose --split random")
     return actors[(fold + 1) % groups::groups], actors[fold::groups]
 
 
 def split_clips(clips, cfg):
-    """Add the column `split` (train, validation, test). Raises UserError when an emotion is missing in one."""
-    clips = clips.copy()
+    """Add the column `split`: train, validation or test. Raises UserError when an emotion is missing in one."""
     if cfg.split == "speaker":
-        validation, test = fold_actors(sorted(int(a) for a in clips["actor"].unique()), int(cfg.folds))
-        clips["split"] = np.select([clips["actor"].isin(test), clips["actor"].isin(validation)],
-                                   ["test", "validation"], "train")
+        key, actors = "actor", sorted(map(int, clips["actor"].unique()))
+        validation, test = fold_actors(actors, int(cfg.folds))
     else:
-        once = clips.drop_duplicates("digest")  # the same bytes must not be on both sides
+        key, once = "digest", clips.drop_duplicates("digest")  # the same bytes must not be on both sides
+        options = {"random_state": cfg.seed}
         try:
-            train, rest = train_test_split(once, test_size=0.3, random_state=cfg.seed, stratify=once["emotion"])
-            _, test = train_test_split(rest, test_size=0.5, random_state=cfg.seed, stratify=rest["emotion"])
+            _, rest = train_test_split(once, test_size=0.3, stratify=once["emotion"], **options)
+            validation, test = train_test_split(rest, test_size=0.5, stratify=rest["emotion"], **options)
+            validation, test = validation["digest"], test["digest"]
         except ValueError as error:
-            raise UserError(f"the clips under --ravdess-path are too few for --split random ({error})") from error
-        clips["split"] = np.select([clips["digest"].isin(train["digest"]), clips["digest"].isin(test["digest"])],
-                                   ["train", "test"], "validation")
-    counts = pd.crosstab(clips["split"], clips["emotion"]).reindex(index=SPLITS, columns=EMOTIONS, fill_value=0)
-    for split, emotion in zip(*np.nonzero(counts.to_numpy() == 0)):
-        raise UserError(f"no clip of {EMOTIONS[emotion]!r} is left in the {SPLITS[split]} split of {clips['path'][0]} "
-                        "and its neighbours: mend the --ravdess-path or choose other --folds")
+            raise UserError(f"too few clips under --ravdess-path for --split random ({error})") from error
+    names = np.select([clips[key].isin(test), clips[key].isin(validation)], ["test", "validation"], "train")
+    clips = clips.assign(split=names)
+    for emotion in EMOTIONS:
+        for split in SPLITS:
+            if not ((clips["emotion"] == emotion) & (clips["split"] == split)).any():
+                raise UserError(f"no {emotion} clip is left for {split}, of those found near {clips['path'][0]}: "
+                                "complete the folder of --ravdess-path or choose other --folds")
     return clips
 
 
@@ -519,27 +508,21 @@ SENTENCES = {
 }
 
 def sentence_bank():
-    """The bank as a dict from emotion to its list of 30 sentences."""
-    return {emotion: [" ".join(sentence.split()) for sentence in text.split("|")]
-            for emotion, text in SENTENCES.items()}
+    """The bank as a dict from emotion to its 30 sentences."""
+    return {emotion: [" ".join(part.split()) for part in text.split("|")] for emotion, text in SENTENCES.items()}
 
 
 def sentences_of(sentences, split, fold):
     """The sentences that a split may draw: no two splits share one, and five folds test each of them once."""
-    part = [(index - fold) % 5 for index in range(len(sentences))]
-    return [s for s, p in zip(sentences, part) if p == {"test": 0, "validation": 1}.get(split, p if p > 1 else -1)]
-
-
-def draw_sentence(row, bank, cfg):
-    """The simulated sentence of one clip (a row of `clips`); depends on name, split, fold and seed alone."""
-    choices = sentences_of(bank[row.emotion], row.split, int(cfg.folds))
-    return random.Random(f"{cfg.seed}/{row.clip}").choice(choices)
+    places = {"test": [0], "validation": [1], "train": [2, 3, 4]}[split]
+    return [sentence for index, sentence in enumerate(sentences) if (index - fold) % 5 in places]
 
 
 class PlainUnpickler(pickle.Unpickler):
-    """Reads builtin containers, strings and numbers; whatever would import something is refused."""
+    """Reads builtin containers, strings and numbers; refuses whatever would import something."""
 
     def find_class(self, module, name):
+        """Called for everything that is not plain."""
         raise pickle.UnpicklingError(f"it wants to import {module}.{name}")
 
 
@@ -547,64 +530,59 @@ def read_cache(path):
     """The dict in a transcript cache, {} when there is none. Raises UserError when it is not such a cache."""
     try:
         cache = PlainUnpickler(io.BytesIO(path.read_bytes())).load() if path.exists() else {}
-        if not isinstance(cache, dict):
-            raise pickle.UnpicklingError("it holds no dict")
+        if not all(isinstance(texts, dict) for texts in [cache, *cache.values()]):
+            raise ValueError("it holds no transcripts")
         return cache
     except Exception as error:  # a broken pickle raises almost anything
-        raise UserError(f"{path} is not a transcript cache ({error}): delete it, or name another --output-dir") from error
-
-
-def write_cache(path, cache):
-    """Write a transcript cache of builtin containers."""
-    with replacing(path) as temporary:
-        temporary.write_bytes(pickle.dumps(cache))
+        raise UserError(f"{path} is not a transcript cache ({error}): delete it or name another --output-dir") from error
 
 
 def add_transcripts(clips, cfg, device):
-    """Add the column `transcript`, simulated or by Whisper, from the cache in OUTPUT_DIR where it holds them."""
+    """Add the column `transcript`, simulated or by Whisper; both leave a cache in OUTPUT_DIR."""
     if not cfg.use_simulated_sentences:
         return clips.assign(transcript=transcribe(clips, cfg, device))
-    bank, path = sentence_bank(), Path(cfg.output_dir) / "ravdess_transcripts_simulated.pkl"
+    bank, path = sentence_bank(), Path(cfg.output_dir, "ravdess_transcripts_simulated.pkl")
     cache, key = read_cache(path), f"{cfg.split} fold {cfg.folds} seed {cfg.seed} bank {digest(bank)}"
-    drawn = {row.clip: draw_sentence(row, bank, cfg) for row in clips.itertuples()}
+    drawn = {clip: random.Random(f"{cfg.seed}/{clip}").choice(sentences_of(bank[emotion], split, int(cfg.folds)))
+             for clip, emotion, split in zip(clips["clip"], clips["emotion"], clips["split"])}
     if cache.get(key) != drawn:
-        write_cache(path, cache | {key: drawn})
+        save(path, pickle.dumps(cache | {key: drawn}))
     return clips.assign(transcript=clips["clip"].map(drawn))
 
 
 def load_whisper(cfg, device):
-    """The Whisper model of --whisper-model (a name, downloaded once, or a checkpoint file). Raises UserError."""
+    """(module, model) for --whisper-model, a name (downloaded once) or a checkpoint file. Raises UserError."""
+    way_out = "or leave out --no-use-simulated-sentences"
     try:
         import whisper
     except ImportError as error:
-        raise UserError(f"Whisper cannot be imported ({error}): pip install openai-whisper, or leave out "
-                        "--no-use-simulated-sentences") from error
+        raise UserError(f"Whisper is not there ({error}): pip install openai-whisper, {way_out}") from error
     try:
         return whisper, whisper.load_model(cfg.whisper_model, device="cuda" if device == "cuda" else "cpu")
-    except Exception as error:  # not found, no network, or a file that is something else
-        raise UserError(f"--whisper-model {cfg.whisper_model} cannot be loaded ({type(error).__name__}: {error}): "
-                        "name a Whisper checkpoint, or leave out --no-use-simulated-sentences") from error
+    except Exception as error:  # no such name, no network, or a file that is something else
+        raise UserError(f"--whisper-model {cfg.whisper_model} cannot be loaded ({type(error).__name__}): name a "
+                        f"Whisper checkpoint, {way_out}") from error
 
 
 def transcribe(clips, cfg, device):
-    """Whisper's English transcripts (greedy, first 30 s of a clip), cached clip by clip under a key of the audio."""
+    """Whisper's English transcripts (greedy, first 30 s of a clip), cached batch by batch, keyed by the audio."""
     source = Path(cfg.whisper_model)
-    model_key = digest(source.read_bytes()) if source.is_file() else cfg.whisper_model
-    path = Path(cfg.output_dir) / f"ravdess_transcripts_whisper_{source.stem}.pkl"
+    path = Path(cfg.output_dir, f"ravdess_transcripts_whisper_{source.stem}.pkl")
     cache = read_cache(path)
-    texts = cache.setdefault(model_key, {})
-    todo = clips[~clips["digest"].isin(texts)]
+    texts = cache.setdefault(digest(source.read_bytes()) if source.is_file() else cfg.whisper_model, {})
+    todo = clips[~clips["digest"].isin(texts)].drop_duplicates("digest")
     if len(todo):
         whisper, model = load_whisper(cfg, device)
-        options = whisper.DecodingOptions(language="en", without_timestamps=True, fp16=model.device.type == "cuda")
-        size = 16 if model.device.type == "cuda" else 4
+        on_gpu = model.device.type == "cuda"
+        options = whisper.DecodingOptions(language="en", without_timestamps=True, fp16=on_gpu)
+        size = 16 if on_gpu else 4
         for start in tqdm(range(0, len(todo), size), "Transcribing"):
             rows = todo.iloc[start:start + size]
-            waves = (whisper.pad_or_trim(load_audio(file, 16000)) for file in rows["path"])
+            waves = [whisper.pad_or_trim(load_audio(file, 16000)) for file in rows["path"]]
             mels = torch.stack([whisper.log_mel_spectrogram(wave, model.dims.n_mels) for wave in waves])
             results = model.decode(mels.to(model.device), options)
             texts.update(zip(rows["digest"], (result.text.strip() for result in results)))
-            write_cache(path, cache)
+            save(path, pickle.dumps(cache))
     return clips["digest"].map(texts)
 
 
@@ -614,54 +592,53 @@ class AudioError(ValueError):
 
 
 def load_audio(path, rate):
-    """A recording as mono float32 samples (n,) at `rate` Hz. Raises AudioError with the reason it cannot be used."""
+    """A recording as mono float32 samples (n,) at `rate` Hz. Raises AudioError with why it cannot be used."""
     try:
         with soundfile.SoundFile(path) as file:
-            samples, own_rate, expected = file.read(dtype="float32", always_2d=True), file.samplerate, file.frames
+            samples, own_rate = file.read(dtype="float32", always_2d=True), file.samplerate
+            cut = len(samples) < file.frames or declared_size(path) > Path(path).stat().st_size
     except (soundfile.LibsndfileError, OSError) as error:
-        raise AudioError(f"it cannot be read as audio ({str(error).split(': ')[-1].strip()})") from error
-    if not len(samples):
-        raise AudioError("it holds no samples")
-    if len(samples) < expected or declared_bytes(path) > Path(path).stat().st_size:
-        raise AudioError("it is cut off: fewer samples than its header says")
+        raise AudioError(f"not readable as audio ({str(error).split(': ')[-1].strip()})") from error
     samples = samples.mean(axis=1)  # (n, channels) -> (n,)
-    if not np.isfinite(samples).all():
-        raise AudioError("it holds NaN or infinite samples")
-    if np.abs(samples).max() < 1e-4:
-        raise AudioError("it is silent")
+    reasons = {"no samples in it": not len(samples), "cut off: less data than its header says": cut,
+               "NaN or infinite samples": not np.isfinite(samples).all(),
+               "silent": len(samples) and np.abs(samples).max() < 1e-4}
+    for reason, holds in reasons.items():
+        if holds:
+            raise AudioError(reason)
     return soxr.resample(samples, own_rate, rate) if own_rate != rate else samples
 
 
-def declared_bytes(path):
-    """The size of a WAV file as its header has it; 0 where it says nothing (libsndfile mends it without a word)."""
-    with open(path, "rb") as file:
+def declared_size(path):
+    """The size in bytes that a WAV file's header states, 0 if none; libsndfile passes over a cut without a word."""
+    with Path(path).open("rb") as file:
         head = file.read(12)
     size = int.from_bytes(head[4:8], "little")
-    return size + 8 if head[:4] == b"RIFF" and head[8:] == b"WAVE" and 0 < size < 2**32 - 64 else 0
+    return size + 8 if head[:4] == b"RIFF" and head[8:] == b"WAVE" and size < 2**32 - 64 else 0
 
 
 def trim_silence(samples, cfg):
-    """Cut what lies TRIM_DB below the clip's own peak at both ends, but for 50 ms before and 100 ms after."""
+    """Cut both ends that lie TRIM_DB below the clip's own peak, but for 50 ms before and 100 ms after."""
     level = np.abs(samples)
     loud = np.flatnonzero(level >= level.max() * 10 ** (-cfg.trim_db / 20))
     return samples[max(0, loud[0] - cfg.sampling_rate // 20):loud[-1] + cfg.sampling_rate // 10]
 
 
 def speeds(cfg):
-    """The resampling factors of SPEEDS, sorted, 1.0 among them. Raises ValueError."""
+    """The resampling factors of SPEEDS, sorted, 1.0 always among them. Raises ValueError."""
     values = sorted({1.0, *map(float, names_in(cfg.speeds))})
     if not all(0.5 <= value <= 2 for value in values):
-        raise ValueError
+        raise ValueError(cfg.speeds)
     return values
 
 
 def load_torchaudio():
-    """torchaudio, or a UserError with the line that repairs an installation that does not load."""
+    """torchaudio.functional, or a UserError with the line that repairs an installation that does not load."""
     try:
         import torchaudio.functional
-        return torchaudio
-    except (ImportError, OSError, RuntimeError) as error:
-        raise UserError(f"torchaudio does not load beside torch {torch.__version__} ({str(error).splitlines()[0][:120]}): "
+        return torchaudio.functional
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:
+        raise UserError(f"torchaudio does not load beside torch {torch.__version__} ({type(error).__name__}): "
                         'pip install "torch>=2.6,<2.12" "torchaudio>=2.6,<2.12"') from error
 
 
@@ -669,24 +646,24 @@ def load_torchaudio():
 def mel_filters(rate, n_fft, n_mels, factors):
     """Mel filter banks (F, K * M), one per resampling factor.
 
-    Playing a clip s times as fast moves what is at f Hz to s * f Hz, so a bank that takes bin f for s * f shows the
-    faster voice from the same spectrum (Jaitly and Hinton 2013 warp the vocal tract alike, bit by bit).
+    Playing a clip s times as fast moves what is at f Hz to s * f Hz, so a bank that takes the bin of f for s * f
+    hears the faster voice in the same spectrum (Jaitly and Hinton 2013 warp the vocal tract much alike).
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # slowed copies have empty bands at the top
-        banks = [load_torchaudio().functional.melscale_fbanks(n_fft // 2 + 1, 50.0, rate / 2, n_mels, round(rate * s))
-                 for s in factors]
+        warnings.simplefilter("ignore")  # slowed voices have empty bands at the top
+        banks = [load_torchaudio().melscale_fbanks(n_fft // 2 + 1, 50.0, rate / 2, n_mels, round(rate * factor))
+                 for factor in factors]
     return torch.cat(banks, dim=1)
 
 
 def log_mel(samples, cfg, factors=(1.0,)):
-    """Natural log of (mel power + 1e-6): float16 array (T, K, M), K resampling factors, T frames of HOP_LENGTH."""
+    """Natural log of (mel power + 1e-6): float16 array (T, K, M), T frames of HOP_LENGTH, K factors, M bands."""
     x = torch.from_numpy(np.ascontiguousarray(samples))
-    x = F.pad(x, (cfg.n_fft // 2, cfg.n_fft // 2 + max(0, cfg.hop_length - len(x))))
+    x = F.pad(x, (cfg.n_fft // 2, cfg.n_fft // 2))
     frames = x.unfold(0, cfg.n_fft, cfg.hop_length) * torch.hann_window(cfg.n_fft)  # (T, N_FFT)
     power = torch.fft.rfft(frames).abs().square()  # (T, F)
     bank = mel_filters(cfg.sampling_rate, cfg.n_fft, cfg.n_mels, tuple(factors))
-    return (power @ bank + 1e-6).log().clamp(-60000, 60000).half().view(len(power), len(factors), -1).numpy()
+    return (power @ bank + 1e-6).log().half().view(len(power), len(factors), -1).numpy()
 
 
 def prepare_clip(path, cfg):
@@ -700,43 +677,38 @@ def prepare_clip(path, cfg):
 def add_features(clips, audit, cfg):
     """Add the column `mel`: float16 (T, K, M) views of one memory-mapped cache; unusable clips leave, with reasons.
 
-    The cache's name is a key of every clip's bytes and every setting that shapes the features.
+    The cache is named by a key of the clips' bytes and of the settings that shape the features.
     """
     load_torchaudio()
-    folder = Path(cfg.output_dir) / "cache"
+    folder = Path(cfg.output_dir, "cache")
     key = digest(list(clips["digest"]), {name: getattr(cfg, name) for name in FEATURES})
     data, index = folder / f"log_mel_{key}.npy", folder / f"log_mel_{key}.json"
     if not (data.exists() and index.exists()):
         prepared = in_parallel(lambda path: prepare_clip(path, cfg), clips["path"], "Log-mel spectrograms")
         usable = [mel for mel in prepared if not isinstance(mel, str)]
         if not usable:
-            raise UserError(f"no clip under {audit['folder']} can be used ({prepared[0]}): see --ravdess-path")
+            raise UserError(f"no clip in {audit['folder']} can be used ({prepared[0]}): see --ravdess-path")
         for old in folder.glob("log_mel_*"):
             old.unlink()
         with replacing(data) as temporary:
             np.save(temporary, np.concatenate(usable))
-        write_json(index, [mel if isinstance(mel, str) else len(mel) for mel in prepared])
-    entries, frames = read_output(index, lambda p: json.loads(p.read_text())), read_output(data, mapped)
-    ends = np.cumsum([0 if isinstance(entry, str) else entry for entry in entries])
-    bad = [isinstance(entry, str) for entry in entries]
-    audit["left_out"].update((path, entry) for path, entry in zip(clips["path"], entries) if isinstance(entry, str))
-    mels = [None if isinstance(n, str) else frames[end - n:end] for n, end in zip(entries, ends)]
-    return clips.assign(mel=mels)[~np.array(bad)].reset_index(drop=True)
-
-
-def mapped(path):
-    """A .npy file as a memory-mapped array."""
-    return np.load(path, mmap_mode="r")
+        save(index, [mel if isinstance(mel, str) else len(mel) for mel in prepared])
+    entries, frames = read_back(index), read_back(data, functools.partial(np.load, mmap_mode="r"))
+    bad = np.array([isinstance(entry, str) for entry in entries])
+    audit["left_out"].update((path, entry) for path, entry, b in zip(clips["path"], entries, bad) if b)
+    counts = [entry for entry in entries if not isinstance(entry, str)]
+    mels = [frames[end - count:end] for count, end in zip(counts, np.cumsum(counts))]
+    return clips[~bad].reset_index(drop=True).assign(mel=pd.Series(mels, dtype=object))
 
 
 # %% 9. Text features
 def words_in(text):
-    """Lower-case words; an empty transcript is one unknown word."""
+    """The lower-case words of a text; an empty transcript is one unknown word."""
     return re.findall(r"[a-z0-9']+", text.lower()) or ["<unk>"]
 
 
 def build_vocabulary(texts):
-    """Words of the training transcripts, sorted; ids 0 and 1 are padding and unknown."""
+    """The words of the training transcripts, sorted; ids 0 and 1 are padding and unknown."""
     return ["<pad>", "<unk>", *sorted({word for text in texts for word in words_in(text)} - {"<unk>"})]
 
 
@@ -745,34 +717,24 @@ def load_text_encoder(name):
     """A pretrained DistilBERT-like encoder: (configuration, tokenizer JSON, module). Raises UserError."""
     import transformers
     advice = "name a folder with --bert-model FOLDER, or go without: --run-models cnn,rnn,fusion_rnn"
-    if Path(name).is_dir() and not list(Path(name).glob("*.safetensors")) + list(Path(name).glob("*.bin")):
-        raise UserError(f"--bert-model {name} holds no weights (model.safetensors): {advice}")
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, use_fast=True).backend_tokenizer.to_str()
         module, info = transformers.AutoModel.from_pretrained(name, output_loading_info=True)
     except Exception as error:  # the hub's clients raise many kinds
-        raise UserError(f"--bert-model {name} cannot be loaded ({str(error).strip().splitlines()[0][:150]}): {advice}") from error
+        reason = "no network or no such model" if not Path(name).is_dir() else "no weights or no tokenizer in it"
+        raise UserError(f"--bert-model {name} cannot be loaded ({reason}; {type(error).__name__}): {advice}") from error
     finally:
         transformers.logging.set_verbosity(level)
     missing = [key for key in info["missing_keys"] if "pooler" not in key]
-    if missing:
+    if missing:  # transformers would fill them with random numbers
         raise UserError(f"--bert-model {name} lacks the weights of {missing[0]} and {len(missing) - 1} more: {advice}")
     return json.loads(module.config.to_json_string(use_diff=False)), tokenizer, module.float()
 
 
 # %% 10. Batches
-def make_dataset(model, clips, cfg, device, augment=False, mixup=0.0):
-    """The dataset of what a model reads (`model.inputs`): sound, words, or both."""
-    parts = []
-    if "mel" in model.inputs:
-        parts.append(AudioDataset(clips, cfg, device, augment, mixup))
-    if model.inputs != ("mel",):
-        parts.append(TextDataset(clips, model, cfg, device, augment))
-    return parts[0] if len(parts) == 1 else FusionDataset(*parts)
-
-
 class ClipDataset(Dataset):
     """Labels of clips; a subclass adds what its models read. A list of rows gives one batch, on the device."""
 
@@ -783,49 +745,28 @@ class ClipDataset(Dataset):
     def __len__(self):
         return len(self.labels)
 
-    def __getitem__(self, row):
-        return self.__getitems__([row])
-
-    def __getitems__(self, rows):
+    def __getitem__(self, rows):
         return {"label": self.labels[rows].to(self.device)}
-
-
-class TextDataset(ClipDataset):
-    """Token ids (B, L); with `augment` each word is hidden with probability WORD_DROPOUT."""
-
-    def __init__(self, clips, model, cfg, device, augment):
-        super().__init__(clips, device)
-        self.tensors, self.augment, self.p = model.tokenize(list(clips["transcript"])), augment, cfg.word_dropout
-        self.ids, self.hidden, self.special = next(iter(self.tensors)), model.hidden_id, torch.tensor(model.special_ids)
-
-    def __getitems__(self, rows):
-        batch = {key: tensor[rows] for key, tensor in self.tensors.items()}
-        if self.augment:
-            ids = batch[self.ids]
-            hide = (torch.rand(ids.shape) < self.p) & ~torch.isin(ids, self.special)
-            batch[self.ids] = ids.masked_fill(hide, self.hidden)
-        return {key: tensor.to(self.device) for key, tensor in batch.items()} | super().__getitems__(rows)
 
 
 class AudioDataset(ClipDataset):
     """Log-mel windows (B, 1, M, T): the middle of each clip, or with `augment` a random view of it."""
 
-    def __init__(self, clips, cfg, device, augment, mixup):
+    def __init__(self, clips, cfg, device, augment=False, mixup=0.0):
         super().__init__(clips, device)
-        self.mels, self.cfg, self.augment, self.mixup = list(clips["mel"]), cfg, augment, mixup
+        self.mels, self.augment, self.mixup, self.factors = list(clips["mel"]), augment, mixup, torch.tensor(speeds(cfg))
         self.frames = round(cfg.clip_seconds * cfg.sampling_rate / cfg.hop_length)
-        self.factors = torch.tensor(speeds(cfg))
-        self.traits = torch.tensor(np.stack([clips["intensity"] == 2, clips["statement"] == 2, clips["sex"] == "male"], 1),
-                                   dtype=torch.float32)  # (N, 3)
+        traits = [clips["intensity"] == 2, clips["statement"] == 2, clips["sex"] == "male"]
+        self.traits = torch.tensor(np.stack(traits, axis=1), dtype=torch.float32)  # (N, 3)
 
-    def __getitems__(self, rows):
-        batch = super().__getitems__(rows) | {"traits": self.traits[rows].to(self.device)}
-        if not self.augment:
-            copy = int((self.factors == 1).nonzero()[0])
-            starts = [(len(self.mels[row]) - self.frames) // 2 for row in rows]
-            return batch | {"mel": self.cut(rows, [copy] * len(rows), starts, self.frames)}
-        batch["mel"] = disturb(self.random_views(rows))
-        return mix(batch, self.mixup) if self.mixup else batch
+    def __getitem__(self, rows):
+        batch = super().__getitem__(rows) | {"traits": self.traits[rows].to(self.device)}
+        if self.augment:
+            batch["mel"] = disturb(self.random_views(rows))
+            return mix(batch, self.mixup) if self.mixup else batch
+        unchanged = [int((self.factors == 1).nonzero())] * len(rows)
+        starts = [(len(self.mels[row]) - self.frames) // 2 for row in rows]
+        return batch | {"mel": self.cut(rows, unchanged, starts, self.frames)}
 
     def cut(self, rows, copies, starts, frames):
         """Frames from `starts` on: (B, 1, M, frames); beyond a clip's ends its outermost frames repeat."""
@@ -837,12 +778,12 @@ class AudioDataset(ClipDataset):
         """Windows at a random position, speed, stretch (up to 16 %) and warp of the mel axis: (B, 1, M, T)."""
         n, frames = len(rows), self.frames
         copies = torch.randint(len(self.factors), (n,))
-        step = self.factors[copies] * torch.exp(spread(n, 0.15))  # source frames per frame of the window
+        step = self.factors[copies] * torch.exp(spread(n, 0.15))  # frames of the clip per frame of the window
         slack = torch.tensor([float(len(self.mels[row])) for row in rows]) - frames * step
-        starts = torch.rand(n) * slack  # of the view in the clip, or of the clip in the view
+        starts = torch.rand(n) * slack  # of the window in the clip; negative: of the clip in the window
         source = math.ceil(frames * float(step.max())) + 2
         mel = self.cut(rows, copies.tolist(), starts.floor().int().tolist(), source)
-        theta = torch.zeros(n, 2, 3)  # affine map from window to source, both spanning -1 to 1
+        theta = torch.zeros(n, 2, 3)  # affine map from the window to its source, both spanning -1 to 1
         theta[:, 0, 0] = step * (frames - 1) / (source - 1)
         theta[:, 0, 2] = theta[:, 0, 0] + 2 * (starts - starts.floor()) / (source - 1) - 1
         theta[:, 1, 1], theta[:, 1, 2] = torch.exp(spread(n, 0.08)), spread(n, 0.06)
@@ -850,26 +791,55 @@ class AudioDataset(ClipDataset):
         return F.grid_sample(mel, grid, padding_mode="border", align_corners=True)
 
 
-class FusionDataset(Dataset):
+class TextDataset(ClipDataset):
+    """Token ids (B, L); with `augment` each word is hidden with probability WORD_DROPOUT."""
+
+    def __init__(self, clips, model, cfg, device, augment=False):
+        super().__init__(clips, device)
+        self.tensors, self.p = model.tokenize(list(clips["transcript"])), cfg.word_dropout if augment else 0.0
+        self.ids, self.hidden_id = next(iter(self.tensors)), model.hidden_id
+        self.special_ids = torch.tensor(model.special_ids)
+
+    def __getitem__(self, rows):
+        batch = {key: tensor[rows] for key, tensor in self.tensors.items()}
+        if self.p:
+            ids = batch[self.ids]
+            hide = (torch.rand(ids.shape) < self.p) & ~torch.isin(ids, self.special_ids)
+            batch[self.ids] = ids.masked_fill(hide, self.hidden_id)
+        return super().__getitem__(rows) | {key: tensor.to(self.device) for key, tensor in batch.items()}
+
+
+class FusionDataset(ClipDataset):
     """Sound and words of the same clips in one batch."""
 
-    def __init__(self, *parts):
-        self.parts = parts
+    def __init__(self, clips, model, cfg, device, augment=False):
+        super().__init__(clips, device)
+        self.parts = AudioDataset(clips, cfg, device, augment), TextDataset(clips, model, cfg, device, augment)
 
-    def __len__(self):
-        return len(self.parts[0])
-
-    def __getitems__(self, rows):
-        return {key: value for part in self.parts for key, value in part.__getitems__(rows).items()}
+    def __getitem__(self, rows):
+        return {key: value for part in self.parts for key, value in part[rows].items()}
 
 
-def spread(n, limit, device="cpu"):
-    """n numbers drawn evenly between -limit and limit."""
-    return (torch.rand(n, device=device) * 2 - 1) * limit
+def make_dataset(model, clips, cfg, device, augment=False):
+    """The dataset of what a model reads (`model.inputs`): sound, words, or both."""
+    if model.inputs == ("mel",):
+        return AudioDataset(clips, cfg, device, augment, cfg.mixup)
+    return (FusionDataset if "mel" in model.inputs else TextDataset)(clips, model, cfg, device, augment)
+
+
+def batches_of(dataset, size, shuffle=False):
+    """A loader of batches that the dataset makes whole, `size` clips each."""
+    order = RandomSampler(dataset) if shuffle else SequentialSampler(dataset)
+    return DataLoader(dataset, batch_size=None, sampler=BatchSampler(order, size, drop_last=False))
+
+
+def spread(shape, limit, device="cpu"):
+    """Numbers drawn evenly between -limit and limit."""
+    return (torch.rand(shape, device=device) * 2 - 1) * limit
 
 
 def disturb(mel):
-    """Another room and microphone (tilt and ripple, up to 3 dB each), then hide two bands and two stretches of time."""
+    """Another room and microphone (tilt and ripple, up to 3 dB each); two bands and two stretches of time hidden."""
     n, (bands, frames), device = len(mel), mel.shape[2:], mel.device
     axis = torch.linspace(-1, 1, bands, device=device)[None]  # (1, M)
     draw = functools.partial(spread, (n, 1), device=device)
@@ -877,14 +847,14 @@ def disturb(mel):
     colour = (draw(3) * axis + draw(3) * ripple) * math.log(10) / 10  # dB of power -> natural log
     mel = mel + colour[:, None, :, None]
     mel = mel - mel.mean(dim=(2, 3), keepdim=True)  # so that hidden means average
-    mask = load_torchaudio().functional.mask_along_axis_iid
+    hide = load_torchaudio().mask_along_axis_iid
     for _ in range(2):
-        mel = mask(mask(mel, max(1, bands * 10 // 64), 0.0, 2), max(1, frames // 10), 0.0, 3)
+        mel = hide(hide(mel, max(1, bands * 10 // 64), 0.0, 2), max(1, frames // 10), 0.0, 3)
     return mel
 
 
 def mix(batch, strength):
-    """Mixup (Zhang et al. 2018): add a random partner to every clip, one Beta-distributed weight a batch."""
+    """Mixup (Zhang et al. 2018): every clip gets a random partner, one Beta-distributed weight for the batch."""
     weight = float(torch.distributions.Beta(strength, strength).sample())
     order = torch.randperm(len(batch["label"]), device=batch["label"].device)
     batch["label"] = F.one_hot(batch["label"], len(EMOTIONS)).float()  # (B,) -> (B, C)
@@ -895,7 +865,7 @@ def mix(batch, strength):
 class Encoder(nn.Module):
     """What the three unimodal models share: a sequence, pooled to features, classified by a linear head.
 
-    A subclass sets `inputs` (the batch keys it reads) and `head`, and defines `sequence(batch)` and
+    A subclass names the batch keys it reads in `inputs`, has a `head`, and defines `sequence(batch)` and
     `pool(sequence, mask)`. `spec` holds the constructor's arguments as builtins, for the checkpoint.
     """
 
@@ -903,20 +873,19 @@ class Encoder(nn.Module):
 
     def __init__(self, **spec):
         super().__init__()
-        self.spec = spec
-        self.dropout = nn.Dropout(spec["dropout"])
+        self.spec, self.dropout = spec, nn.Dropout(spec["dropout"])
 
     def features(self, batch):
-        """One vector a clip, (B, D)."""
+        """One vector per clip, (B, D)."""
         return self.pool(*self.sequence(batch))
 
     def forward(self, batch):
-        """Logits (B, C); leaves the features in the batch for auxiliary losses."""
+        """Logits (B, C); the features stay in the batch for auxiliary losses."""
         batch["features"] = self.dropout(self.features(batch))
         return self.head(batch["features"])
 
     def auxiliary_loss(self, batch):
-        """Further training loss; 0 unless a model defines it."""
+        """What else to minimise in training; 0 unless a model defines it."""
         return 0.0
 
 
@@ -943,7 +912,7 @@ class AudioCNN(Encoder):
     """A 2-D CNN on log-mel windows that keeps four frequency bands apart, a GRU over time, attentive statistics.
 
     Each window is standardised by itself, so that loudness and microphone say nothing. In training, linear heads
-    also tell intensity, statement and sex, which keeps the features from memorising speakers.
+    also tell intensity, statement and sex; they keep the features from memorising speakers.
     """
 
     inputs = ("mel",)
@@ -961,9 +930,8 @@ class AudioCNN(Encoder):
 
     def sequence(self, batch):
         """mel (B, 1, M, T) -> steps (B, S, 128), S = T / 8, and their mask (B, S), all true."""
-        mel = batch["mel"]
-        deviation, mean = torch.std_mean(mel, dim=(2, 3), keepdim=True)
-        x = self.convolutions((mel - mean) / (deviation + 1e-5))  # (B, 1, M, T) -> (B, 128, M / 16, S)
+        deviation, mean = torch.std_mean(batch["mel"], dim=(2, 3), keepdim=True)
+        x = self.convolutions((batch["mel"] - mean) / (deviation + 1e-5))  # (B, 1, M, T) -> (B, 128, M / 16, S)
         x = F.adaptive_avg_pool2d(x, (4, x.shape[3])).flatten(1, 2)  # (B, 4 * 128, S)
         x = self.project(x).transpose(1, 2)  # (B, S, 128)
         return x + self.recurrent(x)[0], torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
@@ -976,7 +944,7 @@ class AudioCNN(Encoder):
         return torch.cat([mean, (variance + 1e-5).sqrt()], dim=1)
 
     def auxiliary_loss(self, batch):
-        """How badly the features tell intensity, statement and sex (`traits` (B, 3), 0 to 1)."""
+        """How badly the features tell intensity, statement and sex: `traits` (B, 3), between 0 and 1."""
         if "traits" not in batch:
             return 0.0
         return 0.6 * F.binary_cross_entropy_with_logits(self.trait_heads(batch["features"]), batch["traits"])
@@ -1008,7 +976,7 @@ class TextRNN(Encoder):
         return {"tokens": nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)}
 
     def sequence(self, batch):
-        """tokens (B, L) -> steps (B, L, 128), and the mask of real words (B, L); padding is never read."""
+        """tokens (B, L) -> steps (B, L, 128) and the mask of words (B, L); padding is never read."""
         mask = batch["tokens"] != 0
         embedded = self.dropout(self.embedding(batch["tokens"]))
         packed = nn.utils.rnn.pack_padded_sequence(embedded, mask.sum(dim=1).cpu(), True, enforce_sorted=False)
@@ -1017,7 +985,8 @@ class TextRNN(Encoder):
 
     def pool(self, steps, mask):
         """(B, L, 128) -> (B, 256)."""
-        return torch.cat([masked_mean(steps, mask), steps.masked_fill(~mask[..., None], -math.inf).amax(dim=1)], dim=1)
+        most = steps.masked_fill(~mask[..., None], -math.inf).amax(dim=1)
+        return torch.cat([masked_mean(steps, mask), most], dim=1)
 
 
 class TextBERT(Encoder):
@@ -1034,21 +1003,19 @@ class TextBERT(Encoder):
         self.tokenizer.enable_padding()
         self.special_ids = [self.tokenizer.token_to_id(token) for token in ("[PAD]", "[CLS]", "[SEP]")]
         self.hidden_id = self.tokenizer.token_to_id("[MASK]")
-        config = dict(config)
-        self.encoder = transformers.AutoModel.from_config(
-            transformers.AutoConfig.for_model(config.pop("model_type"), **config)).float()
+        self.encoder = transformers.AutoModel.from_config(transformers.AutoConfig.for_model(**config)).float()
         self.head = nn.Linear(self.encoder.config.hidden_size, classes)
 
     def tokenize(self, texts):
         """Texts -> {"input_ids": (N, L), "attention_mask": (N, L)}."""
         encoded = self.tokenizer.encode_batch(texts)
-        return {"input_ids": torch.tensor([e.ids for e in encoded]),
-                "attention_mask": torch.tensor([e.attention_mask for e in encoded])}
+        return {"input_ids": torch.tensor([text.ids for text in encoded]),
+                "attention_mask": torch.tensor([text.attention_mask for text in encoded])}
 
     def sequence(self, batch):
-        """input_ids, attention_mask (B, L) -> steps (B, L, D), and the mask as booleans (B, L)."""
-        steps = self.encoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
-        return steps, batch["attention_mask"].bool()
+        """input_ids, attention_mask (B, L) -> steps (B, L, D) and the mask as booleans (B, L)."""
+        output = self.encoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        return output.last_hidden_state, batch["attention_mask"].bool()
 
     def pool(self, steps, mask):
         """(B, L, D) -> (B, D)."""
@@ -1065,16 +1032,16 @@ class EarlyFusion(nn.Module):
 
     def __init__(self, classes, dropout, parts):
         super().__init__()
-        self.spec = dict(classes=classes, dropout=dropout, parts=parts)
+        self.spec = {"classes": classes, "dropout": dropout, "parts": parts}
         self.encoders = nn.ModuleDict({name: MODELS[name].kind(**spec) for name, spec in parts.items()})
-        self.inputs = tuple(key for encoder in self.encoders.values() for key in encoder.inputs)
-        self.text = next(encoder for encoder in self.encoders.values() if "mel" not in encoder.inputs)
-        self.tokenize, self.special_ids, self.hidden_id = self.text.tokenize, self.text.special_ids, self.text.hidden_id
-        self.norms = nn.ModuleList(nn.LayerNorm(e.head.in_features) for e in self.encoders.values())
-        width = sum(encoder.head.in_features for encoder in self.encoders.values())
-        self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(width, 128), nn.ReLU(), nn.Dropout(dropout),
-                                  nn.Linear(128, classes))
         self.encoders.requires_grad_(False)
+        self.inputs = tuple(key for encoder in self.encoders.values() for key in encoder.inputs)
+        text = next(encoder for encoder in self.encoders.values() if "mel" not in encoder.inputs)
+        self.tokenize, self.special_ids, self.hidden_id = text.tokenize, text.special_ids, text.hidden_id
+        widths = [encoder.head.in_features for encoder in self.encoders.values()]
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for width in widths)
+        self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(sum(widths), 128), nn.ReLU(), nn.Dropout(dropout),
+                                  nn.Linear(128, classes))
 
     def train(self, mode=True):
         """Training mode for the head alone: the encoders stay as they were trained."""
@@ -1082,24 +1049,20 @@ class EarlyFusion(nn.Module):
         self.encoders.eval()
         return self
 
-    def features(self, batch):
-        """Both models' features, each normalised, joined: (B, D)."""
-        with torch.no_grad():
-            parts = [encoder.features(batch) for encoder in self.encoders.values()]
-        return torch.cat([norm(part) for norm, part in zip(self.norms, parts)], dim=1)
-
     def forward(self, batch):
         """Logits (B, C)."""
-        return self.head(self.features(batch))
+        with torch.no_grad():
+            features = [encoder.features(batch) for encoder in self.encoders.values()]
+        return self.head(torch.cat([norm(part) for norm, part in zip(self.norms, features)], dim=1))
 
     def auxiliary_loss(self, batch):
-        """None."""
+        """Nothing else to minimise."""
         return 0.0
 
 
 # %% 14. Training, prediction, scores, checkpoints
 class ModelRow(NamedTuple):
-    """A trained model's class, file stem, title, suffix of its constants, and the models it is made of."""
+    """A row of every table: class, stem of its files, title, suffix of its constants, the rows it is made of."""
 
     kind: type
     stem: str
@@ -1115,11 +1078,16 @@ MODELS = {
     "fusion_rnn": ModelRow(EarlyFusion, "EarlyFusion_RNN", "Early fusion CNN + RNN", "fusion", ("cnn", "rnn")),
     "fusion_bert": ModelRow(EarlyFusion, "EarlyFusion_BERT", "Early fusion CNN + BERT", "fusion", ("cnn", "bert")),
 }
-LATE = {  # arithmetic on saved predictions, no model
+ROWS = MODELS | {  # late fusion is arithmetic on saved predictions: no class
     "late_rnn": ModelRow(None, "LateFusion_RNN", "Late fusion CNN + RNN", "", ("cnn", "rnn")),
     "late_bert": ModelRow(None, "LateFusion_BERT", "Late fusion CNN + BERT", "", ("cnn", "bert")),
 }
-ROWS = MODELS | LATE
+FILES = {"checkpoint": "{}_best.pth", "history": "histories/{}.csv", "predictions": "predictions/{}.csv"}
+
+
+def file_of(cfg, kind, name):
+    """The path of a row's checkpoint, history or predictions."""
+    return Path(cfg.output_dir, FILES[kind].format(ROWS[name].stem))
 
 
 def pick_device(cfg):
@@ -1132,7 +1100,7 @@ def pick_device(cfg):
 
 
 def training_precision(device):
-    """The lower precision that this device gains from in training, or float32."""
+    """The lower precision that training on this device gains from, else float32."""
     if device == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     fast = [getattr(torch.cpu, name, bool)() for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported")]
@@ -1142,48 +1110,45 @@ def training_precision(device):
 def build_model(name, clips, cfg, device):
     """A model ready for training: seeded, with its vocabulary, pretrained encoder or trained parts."""
     torch.manual_seed(cfg.seed)
-    row, common = MODELS[name], {"classes": len(EMOTIONS), "dropout": settings_for(cfg, name)["dropout"]}
+    row, spec = MODELS[name], {"classes": len(EMOTIONS), "dropout": settings_for(cfg, name)["dropout"]}
+    weights = {}
     if name == "bert":
         config, tokenizer, pretrained = load_text_encoder(cfg.bert_model)
-        model = TextBERT(**common, config=config, tokenizer=tokenizer, max_tokens=cfg.max_tokens)
-        model.encoder.load_state_dict(pretrained.state_dict())
+        spec |= {"config": config, "tokenizer": tokenizer, "max_tokens": cfg.max_tokens}
+        weights = {"encoder": pretrained}
     elif name == "rnn":
         vocabulary = build_vocabulary(clips.loc[clips["split"] == "train", "transcript"])
-        model = TextRNN(**common, vocabulary=vocabulary, max_tokens=cfg.max_tokens)
+        spec |= {"vocabulary": vocabulary, "max_tokens": cfg.max_tokens}
     elif row.parts:
-        parts = {part: restore_model(checkpoint_path(cfg, part)) for part in row.parts}
-        model = EarlyFusion(**common, parts={part: trained.spec for part, trained in parts.items()})
-        for part, trained in parts.items():
-            model.encoders[part].load_state_dict(trained.state_dict())
-    else:
-        model = row.kind(**common)
+        parts = {part: restore_model(file_of(cfg, "checkpoint", part)) for part in row.parts}
+        spec |= {"parts": {part: trained.spec for part, trained in parts.items()}}
+        weights = {f"encoders.{part}": trained for part, trained in parts.items()}
+    model = row.kind(**spec)
+    for module, source in weights.items():
+        model.get_submodule(module).load_state_dict(source.state_dict())
     return model.to(device)
 
 
-def make_optimizer(model, settings):
-    """AdamW on what is trained; weight decay on matrices only, not on biases and norms."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.AdamW([{"params": [p for p in trained if p.ndim > 1]},
-                              {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}],
-                             lr=settings["learning_rate"], weight_decay=settings["weight_decay"])
-
-
 class Trainer:
-    """One optimiser step after another; `average` is the moving average of the weights, the model in the end."""
+    """Takes one optimiser step after another; `average`, the moving average of the weights, is the result."""
 
     def __init__(self, model, settings, steps, weights, device):
         self.model, self.device, self.precision = model, device, training_precision(device)
-        self.optimizer = make_optimizer(model, settings)
-        self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, settings["learning_rate"], steps, pct_start=0.15)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        groups = [{"params": [p for p in trained if p.ndim > 1]},
+                  {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}]  # biases and norms
+        rate = settings["learning_rate"]
+        self.optimizer = torch.optim.AdamW(groups, lr=rate, weight_decay=settings["weight_decay"])
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, rate, steps, pct_start=0.15)
         self.scaler = torch.amp.GradScaler(device, enabled=self.precision == torch.float16)
         self.loss = nn.CrossEntropyLoss(weights, label_smoothing=settings["label_smoothing"])
 
-        def move(average, current, count):  # faster at first, so that short trainings forget their start
+        def move(average, current, count):  # faster at first, so that a short training forgets its start
             return average + (current - average) * (1 - min(settings["ema_decay"], (1 + count) / (10 + count)))
         self.average = AveragedModel(model, avg_fn=move, use_buffers=True)
 
     def step(self, batch):
-        """Train on one batch; returns (loss, share of clips whose strongest target was found)."""
+        """Train on one batch; returns (loss, share of clips whose strongest label was found)."""
         with torch.autocast(self.device, self.precision, enabled=self.precision != torch.float32):
             logits = self.model(batch)
             loss = self.loss(logits.float(), batch["label"]) + self.model.auxiliary_loss(batch)
@@ -1199,46 +1164,33 @@ class Trainer:
         return float(loss.detach()), float((logits.argmax(dim=1) == label).float().mean())
 
 
-def batches_of(dataset, size, shuffle=False):
-    """A loader whose batches the dataset makes itself."""
-    return DataLoader(dataset, size, shuffle=shuffle, collate_fn=lambda batch: batch)
-
-
 def class_weights(labels):
-    """Weights (C,) by rarity, with mean 1 over the clips."""
+    """Weights (C,) by rarity, 1 on average over the clips."""
     counts = torch.bincount(labels, minlength=len(EMOTIONS)).clamp(min=1)
     return counts.sum() / (counts * len(EMOTIONS))
 
 
 def fit(model, train, validation, settings, device):
-    """Train for the full schedule; returns the averaged model and the history, a DataFrame with a row per epoch."""
+    """Train for the full schedule; returns the averaged model and the history, a row per epoch. Raises UserError."""
     loader = batches_of(train, settings["batch_size"], shuffle=True)
-    weights = class_weights(labels_of(train)).to(device) if settings["class_weights"] else None
+    weights = class_weights(train.labels).to(device) if settings["class_weights"] else None
     trainer = Trainer(model, settings, settings["epochs"] * len(loader), weights, device)
     history = []
     print("  epoch  train loss  train acc   val loss    val acc    val UAR  seconds")
     for epoch in range(1, settings["epochs"] + 1):
         start = time.perf_counter()
         model.train()
-        steps = [trainer.step(batch) for batch in loader]
-        logits, labels = predict(trainer.average.module, validation), labels_of(validation)
-        probabilities = logits.softmax(dim=1).numpy()
-        row = dict(epoch=epoch, train_loss=np.mean([loss for loss, _ in steps]),
-                   train_accuracy=np.mean([right for _, right in steps]),
-                   validation_loss=float(F.cross_entropy(logits, labels)),
-                   validation_accuracy=metrics.accuracy_score(labels, probabilities.argmax(axis=1)),
-                   validation_uar=recall(labels, probabilities.argmax(axis=1)), seconds=time.perf_counter() - start)
-        if not math.isfinite(row["train_loss"]):
-            raise UserError(f"the training loss is {row['train_loss']} in epoch {epoch}: lower --learning-rate")
-        print("  {epoch:5d} {train_loss:11.3f} {train_accuracy:10.1%} {validation_loss:10.3f} {validation_accuracy:10.1%} "
-              "{validation_uar:10.1%} {seconds:8.1f}".format(**row), flush=True)
-        history.append(row)
+        loss, accuracy = np.mean([trainer.step(batch) for batch in loader], axis=0)
+        if not math.isfinite(loss):
+            raise UserError(f"the training loss is {loss} in epoch {epoch}: lower --learning-rate")
+        logits = predict(trainer.average.module, validation)
+        found, true = logits.argmax(dim=1), validation.labels
+        history.append({"epoch": epoch, "train_loss": loss, "train_accuracy": accuracy,
+                        "validation_loss": float(F.cross_entropy(logits, true)),
+                        "validation_accuracy": float((found == true).float().mean()),
+                        "validation_uar": recall(true, found), "seconds": time.perf_counter() - start})
+        print("  {:5d} {:11.3f} {:10.1%} {:10.3f} {:10.1%} {:10.1%} {:8.1f}".format(*history[-1].values()), flush=True)
     return trainer.average.module, pd.DataFrame(history)
-
-
-def labels_of(dataset):
-    """Label indices (N,) of a dataset, on the CPU."""
-    return dataset.labels if isinstance(dataset, ClipDataset) else dataset.parts[0].labels
 
 
 @torch.inference_mode()
@@ -1250,8 +1202,9 @@ def predict(model, dataset):
 
 def fit_temperature(logits, labels):
     """The temperature that minimises the NLL of softmax(logits / temperature) (Guo et al. 2017)."""
-    found = minimize_scalar(lambda t: float(F.cross_entropy(logits / math.exp(t), labels)), bounds=(-2.5, 2.5), method="bounded")
-    return math.exp(found.x)
+    def nll(log_temperature):
+        return float(F.cross_entropy(logits / math.exp(log_temperature), labels))
+    return math.exp(minimize_scalar(nll, bounds=(-2.5, 2.5), method="bounded").x)
 
 
 def recall(true, predicted):
@@ -1263,48 +1216,36 @@ def calibration_error(probabilities, true, bins=15):
     """ECE: mean distance of confidence and accuracy over equal bins of confidence, weighted by size."""
     confidence, right = probabilities.max(axis=1), probabilities.argmax(axis=1) == true
     which = np.minimum((confidence * bins).astype(int), bins - 1)
-    return float(sum(abs(confidence[which == b].sum() - right[which == b].sum()) for b in range(bins)) / len(true))
+    return float(sum(abs((confidence - right)[which == b].sum()) for b in range(bins)) / len(true))
 
 
 def score(probabilities, true):
-    """Every figure of every table from probabilities (N, C) and label indices (N,): a dict of builtins, shares 0 to 1."""
+    """Every figure of every table, from probabilities (N, C) and label indices (N,): a dict of builtins, shares 0 to 1."""
     probabilities = np.clip(probabilities, 1e-7, 1)
     probabilities = probabilities / probabilities.sum(axis=1, keepdims=True)
-    predicted, labels = probabilities.argmax(axis=1), list(range(len(EMOTIONS)))
-    report = metrics.classification_report(true, predicted, labels=labels, target_names=EMOTIONS, output_dict=True,
-                                           zero_division=0)
+    found, labels = probabilities.argmax(axis=1), list(range(len(EMOTIONS)))
+    options = {"labels": labels, "zero_division": 0}
+    report = metrics.classification_report(true, found, target_names=EMOTIONS, output_dict=True, **options)
     return {
-        "clips": len(true), "accuracy": float(metrics.accuracy_score(true, predicted)), "uar": recall(true, predicted),
-        "macro_f1": float(metrics.f1_score(true, predicted, average="macro", labels=np.unique(true), zero_division=0)),
+        "clips": len(true), "accuracy": float(metrics.accuracy_score(true, found)), "uar": recall(true, found),
+        "macro_f1": float(metrics.f1_score(true, found, average="macro", **options)),
         "nll": float(metrics.log_loss(true, probabilities, labels=labels)),
         "ece": calibration_error(probabilities, np.asarray(true)),
         "per_class": {emotion: {key: float(value) for key, value in report[emotion].items()} for emotion in EMOTIONS},
-        "confusion": metrics.confusion_matrix(true, predicted, labels=labels).tolist(),
+        "confusion": metrics.confusion_matrix(true, found, labels=labels).tolist(),
     }
 
 
-def predictions_table(clips, probabilities):
-    """Who said what and what was heard: a row per clip with its split, actor, true and predicted emotion, probabilities."""
-    table = clips[["split", "clip", "actor", "emotion"]].rename(columns={"emotion": "true"}).reset_index(drop=True)
-    table["predicted"] = [EMOTIONS[index] for index in probabilities.argmax(axis=1)]
-    return pd.concat([table, pd.DataFrame(probabilities, columns=EMOTIONS)], axis=1)
-
-
-def checkpoint_path(cfg, name):
-    """Where a model's checkpoint lies."""
-    return Path(cfg.output_dir) / f"{MODELS[name].stem}_best.pth"
-
-
 def read_checkpoint(path):
-    """The contents of a checkpoint (tensors stay on disk until used). Raises UserError when it is not one of ours."""
+    """The contents of a checkpoint; its tensors stay on disk until used. Raises UserError when it is not one."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        if not {"model", "spec", "weights", "classes", "fingerprint", "scores"} <= set(checkpoint):
-            raise ValueError("it lacks what this script writes")
+        if not {"model", "spec", "weights", "classes", "fingerprint", "scores", "epochs"} <= set(checkpoint):
+            raise ValueError("not written by this script")
         return checkpoint
-    except Exception as error:  # truncated, foreign or hostile files raise many kinds
-        raise UserError(f"{path} is not a usable checkpoint ({type(error).__name__}): train it again with "
-                        "--phase unimodal or fusion, or name another --output-dir") from error
+    except Exception as error:  # missing, truncated, foreign and hostile files raise many kinds
+        raise UserError(f"{path} is not a usable checkpoint ({type(error).__name__}): train it again with --phase "
+                        "unimodal or fusion, or name another --output-dir") from error
 
 
 def restore_model(path):
@@ -1316,16 +1257,15 @@ def restore_model(path):
 
 
 def fingerprint(cfg, name, clips=None):
-    """What a checkpoint depends on, as a flat dict: settings, and with `clips` the data; parts included."""
-    row = MODELS[name]
-    mark = {key: str(value) for key, value in settings_for(cfg, name).items()}
-    keys = ["seed", "split", "folds"] + (FEATURES + ["mixup"] if name == "cnn" else [])
-    keys += ["max_tokens", "word_dropout", "use_simulated_sentences"] if name in ("rnn", "bert") else []
+    """What a checkpoint depends on, as a flat dict of strings: settings, with `clips` the data too; parts included."""
+    mark = settings_for(cfg, name)
+    keys = ["seed", "split", "folds"] + {"cnn": [*FEATURES, "mixup"]}.get(name, ["word_dropout"])
+    keys += ["max_tokens", "use_simulated_sentences"] if name in ("rnn", "bert") else []
     keys += ["bert_model"] if name == "bert" else []
-    mark |= {key: str(getattr(cfg, key)) for key in keys}
-    for part in row.parts:
+    mark = {key: str(value) for key, value in (mark | {key: getattr(cfg, key) for key in keys}).items()}
+    for part in MODELS[name].parts:
         mark |= {f"{part} {key}": value for key, value in fingerprint(cfg, part, clips).items()}
-    if clips is not None and not row.parts:
+    if clips is not None and not MODELS[name].parts:
         columns = ["clip", "digest", "emotion", "split"] + (["transcript"] if name != "cnn" else [])
         mark["data"] = digest(clips[columns].to_csv(index=False))
     return mark
@@ -1333,72 +1273,71 @@ def fingerprint(cfg, name, clips=None):
 
 def differences(old, new):
     """What changed between two fingerprints, as text; empty when nothing did."""
-    changed = [key for key in new if old.get(key) != new[key]]
-    return ", ".join(f"{key} {old.get(key)} -> {new[key]}" if not key.endswith("data") else f"{key} changed" for key in changed)
+    return ", ".join(f"{key} {old.get(key)} -> {new[key]}" if not key.endswith("data") else f"{key} changed"
+                     for key in new if old.get(key) != new[key])
 
 
 def out_of_date(cfg, name, clips):
-    """Why a model must be trained: a sentence, or "" when its files can be reused as they are."""
-    path, stem = checkpoint_path(cfg, name), MODELS[name].stem
-    if not path.exists():
-        return "not trained yet"
-    if not all(file.exists() for file in (history_path(cfg, stem), predictions_path(cfg, stem))):
-        return "its history or predictions are missing"
+    """Why a model must be trained, in words; "" when its files can be reused as they are."""
+    paths = [file_of(cfg, kind, name) for kind in FILES]
+    if not all(path.exists() for path in paths):
+        return "not trained yet" if not paths[0].exists() else "its history or predictions are missing"
     try:
-        return differences(read_checkpoint(path)["fingerprint"], fingerprint(cfg, name, clips))
+        return differences(read_checkpoint(paths[0])["fingerprint"], fingerprint(cfg, name, clips))
     except UserError as error:
         return str(error)
 
 
-def history_path(cfg, stem):
-    """Where a model's training history lies."""
-    return Path(cfg.output_dir) / "histories" / f"{stem}.csv"
-
-
-def predictions_path(cfg, stem):
-    """Where a row's predictions lie."""
-    return Path(cfg.output_dir) / "predictions" / f"{stem}.csv"
-
-
 def train_model(name, clips, cfg, device):
-    """Train one model and write its history, predictions and checkpoint; the old checkpoint becomes *.previous.pth."""
-    row, settings, path = MODELS[name], settings_for(cfg, name), checkpoint_path(cfg, name)
+    """Train one model; write its history, predictions and checkpoint, keeping the old one as *.previous.pth."""
+    settings, path = settings_for(cfg, name), file_of(cfg, "checkpoint", name)
     model = build_model(name, clips, cfg, device)
     parts = {split: clips[clips["split"] == split] for split in SPLITS}
-    train = make_dataset(model, parts["train"], cfg, device, augment=True, mixup=cfg.mixup if name == "cnn" else 0.0)
+    train = make_dataset(model, parts["train"], cfg, device, augment=True)
     fixed = {split: make_dataset(model, part, cfg, device) for split, part in parts.items()}
     size = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print(f"\n{row.title}: {size:,} trained parameters, {len(train)} clips, {settings['epochs']} epochs", flush=True)
+    print(f"\n{MODELS[name].title}: {size:,} trained parameters, {len(train)} clips", flush=True)
     model, history = fit(model, train, fixed["validation"], settings, device)
     logits = {split: predict(model, dataset) for split, dataset in fixed.items()}
-    temperature = fit_temperature(logits["validation"], labels_of(fixed["validation"]))
+    temperature = fit_temperature(logits["validation"], fixed["validation"].labels)
     probabilities = {split: (values / temperature).softmax(dim=1).numpy() for split, values in logits.items()}
     table = pd.concat([predictions_table(parts[split], probabilities[split]) for split in SPLITS])
-    validation = score(probabilities["validation"], labels_of(fixed["validation"]).numpy())
-    write_table(history_path(cfg, row.stem), history)
-    write_table(predictions_path(cfg, row.stem), table)
+    save(file_of(cfg, "history", name), history)
+    save(file_of(cfg, "predictions", name), table.assign(marks="; ".join(marks(cfg))))
     if path.exists():
         path.replace(path.with_suffix(".previous.pth"))
     with replacing(path) as temporary:
         torch.save({
             "model": name, "spec": model.spec, "weights": model.state_dict(), "classes": EMOTIONS,
-            "temperature": temperature, "features": {key: getattr(cfg, key) for key in FEATURES}, "marks": marks(cfg),
-            "config": {key.lower(): getattr(cfg, key.lower()) for key in SETTINGS}, "versions": versions(),
-            "fingerprint": fingerprint(cfg, name, clips), "scores": validation, "epochs": settings["epochs"]}, temporary)
+            "temperature": temperature, "features": {key: getattr(cfg, key) for key in FEATURES},
+            "config": settings_of(cfg), "versions": versions(), "fingerprint": fingerprint(cfg, name, clips),
+            "scores": score(probabilities["validation"], fixed["validation"].labels.numpy()),
+            "epochs": settings["epochs"], "marks": marks(cfg)}, temporary)
+
+
+def predictions_table(clips, probabilities):
+    """A row per clip: its split, actor, true and predicted emotion, and a probability per emotion."""
+    table = clips[["split", "clip", "actor", "emotion"]].rename(columns={"emotion": "true"}).reset_index(drop=True)
+    table[EMOTIONS] = probabilities
+    return table.assign(predicted=table[EMOTIONS].idxmax(axis=1))
+
+
+def settings_of(cfg):
+    """All settings as a dict of builtins."""
+    return {name.lower(): getattr(cfg, name.lower()) for name in SETTINGS}
 
 
 def versions():
     """The versions of what a result depends on."""
-    return {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__,
-            "pandas": pd.__version__, "platform": platform.platform(terse=True)}
+    return {"python": platform.python_version(), "platform": platform.platform(terse=True),
+            **{module.__name__: str(module.__version__) for module in (torch, np, pd)}}
 
 
 # %% 15. Plots
 def save_figure(figure, name, cfg):
-    """Save a figure under its marks, show it in a notebook, close it."""
-    if marks(cfg):
-        figure.text(0.995, 0.002, "; ".join(marks(cfg)), ha="right", va="bottom", fontsize=8, color="firebrick")
-    path = Path(cfg.output_dir) / "plots" / f"{name}.png"
+    """Save a figure with its marks below, show it in a notebook, close it."""
+    figure.supxlabel("; ".join(marks(cfg)), fontsize=8, color="firebrick")
+    path = Path(cfg.output_dir, "plots", f"{name}.png")
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=120)
     if in_kernel():
@@ -1407,50 +1346,48 @@ def save_figure(figure, name, cfg):
     plt.close(figure)
 
 
-def plot_samples(clips, cfg):
-    """The loudest training clip of one actor per emotion: waveform above, log-mel spectrogram below."""
-    figure, axes = plt.subplots(4, 4, figsize=(13, 9), layout="constrained", height_ratios=[1, 2, 1, 2])
-    rows = clips[clips["split"] == "train"].sort_values(["actor", "intensity", "clip"], ascending=[True, False, True])
-    factor = speeds(cfg).index(1.0)
-    for index, emotion in enumerate(EMOTIONS):
-        row = rows[rows["emotion"] == emotion].iloc[0]
-        wave, spectrogram = axes[index // 4 * 2, index % 4], axes[index // 4 * 2 + 1, index % 4]
-        samples = trim_silence(load_audio(row["path"], cfg.sampling_rate), cfg)
-        seconds = len(samples) / cfg.sampling_rate
-        wave.plot(np.linspace(0, seconds, len(samples)), samples, linewidth=0.4)
-        wave.set(title=f"{emotion} (actor {row['actor']})", xlim=(0, seconds), xticks=[])
-        spectrogram.imshow(row["mel"][:, factor].astype(float).T, origin="lower", aspect="auto", cmap="magma",
-                           extent=(0, seconds, 0, cfg.n_mels))
-        spectrogram.set_xlabel("seconds")
-    for line in range(4):
-        axes[line, 0].set_ylabel("mel band" if line % 2 else "amplitude")
-    save_figure(figure, "samples", cfg)
-
-
 def plot_counts(clips, cfg):
     """Clips per emotion in each split."""
     figure, axis = plt.subplots(figsize=(9, 4.2), layout="constrained")
     sns.countplot(clips, x="emotion", hue="split", order=EMOTIONS, hue_order=SPLITS, ax=axis)
     for bars in axis.containers:
         axis.bar_label(bars, fontsize=8)
-    axis.set(title=f"Clips per emotion: {len(clips)} in all", xlabel="", ylabel="clips")
+    axis.set(title=f"Clips per emotion, {len(clips)} in all", xlabel="", ylabel="clips")
     axis.legend(title="", loc="upper left", bbox_to_anchor=(1, 1))
     save_figure(figure, "class_counts", cfg)
+
+
+def plot_samples(clips, cfg):
+    """One training clip per emotion, by one actor where possible: waveform above, log-mel spectrogram below."""
+    figure, axes = plt.subplots(4, 4, figsize=(13, 9), layout="constrained", height_ratios=[1, 2, 1, 2])
+    rows = clips[clips["split"] == "train"].sort_values(["actor", "clip"]).drop_duplicates("emotion").set_index("emotion")
+    for index, emotion in enumerate(EMOTIONS):
+        wave, spectrogram = axes[index // 4 * 2:, index % 4][:2]
+        samples = trim_silence(load_audio(rows["path"][emotion], cfg.sampling_rate), cfg)
+        seconds = len(samples) / cfg.sampling_rate
+        wave.plot(np.linspace(0, seconds, len(samples)), samples, linewidth=0.4)
+        wave.set(title=f"{emotion} (actor {rows['actor'][emotion]})", xlim=(0, seconds), xticks=[])
+        mel = rows["mel"][emotion][:, speeds(cfg).index(1.0)].astype(float).T  # (M, T)
+        spectrogram.imshow(mel, origin="lower", aspect="auto", cmap="magma", extent=(0, seconds, 0, cfg.n_mels))
+        spectrogram.set_xlabel("seconds")
+    for axis, label in zip(axes[:, 0], ("amplitude", "mel band") * 2):
+        axis.set_ylabel(label)
+    save_figure(figure, "samples", cfg)
 
 
 def plot_curves(rows, cfg):
     """Loss and accuracy by epoch of every model that was trained."""
     names = [name for name in MODELS if rows[name]["status"] == "run"]
-    figure, axes = plt.subplots(2, len(names), figsize=(max(5, 3.2 * len(names)), 5.6), layout="constrained", squeeze=False)
-    for column, name in enumerate(names):
-        history = read_output(history_path(cfg, MODELS[name].stem), pd.read_csv)
-        for axis, kind in zip(axes[:, column], ("loss", "accuracy")):
-            axis.plot(history["epoch"], history[f"train_{kind}"], label="training (disturbed, smoothed)")
-            axis.plot(history["epoch"], history[f"validation_{kind}"], label="validation")
-        axes[0, column].set_title(MODELS[name].title, fontsize=10)
-        axes[1, column].set(xlabel="epoch", ylim=(0, 1.02))
-    axes[0, 0].set_ylabel("loss")
-    axes[1, 0].set_ylabel("accuracy")
+    size = (max(5, 3.2 * len(names)), 5.6)
+    figure, axes = plt.subplots(2, len(names), figsize=size, layout="constrained", squeeze=False)
+    for name, pair in zip(names, axes.T):
+        history = read_back(file_of(cfg, "history", name), pd.read_csv)
+        for axis, kind in zip(pair, ("loss", "accuracy")):
+            axis.plot(history["epoch"], history[f"train_{kind}"], ".-", label="training (disturbed clips)")
+            axis.plot(history["epoch"], history[f"validation_{kind}"], ".-", label="validation")
+            axis.set(ylabel=kind if axis in axes[:, 0] else "")
+        pair[0].set_title(rows[name]["title"], fontsize=9)
+        pair[1].set(xlabel="epoch", ylim=(0, 1.02))
     axes[0, 0].legend(fontsize=7)
     save_figure(figure, "training_curves", cfg)
 
@@ -1459,127 +1396,122 @@ def plot_confusion(name, row, cfg):
     """The test confusion matrix of one row, as counts and as shares of the true emotion."""
     counts = np.array(row["test"]["confusion"])
     shares = 100 * counts / np.maximum(1, counts.sum(axis=1, keepdims=True))
-    figure, axes = plt.subplots(1, 2, figsize=(13, 5.6), layout="constrained")
-    for axis, values, form, title in ((axes[0], counts, "d", "clips"), (axes[1], shares, ".0f", "percent of the true emotion")):
+    figure, axes = plt.subplots(1, 2, figsize=(13, 6), layout="constrained")
+    for axis, values, form, title in zip(axes, (counts, shares), ("d", ".0f"), ("clips", "% of the true emotion")):
         sns.heatmap(values, annot=True, fmt=form, cmap="Blues", cbar=False, square=True, ax=axis,
                     xticklabels=EMOTIONS, yticklabels=EMOTIONS)
         axis.set(title=title, xlabel="predicted", ylabel="true")
         axis.tick_params(axis="x", rotation=45)
-    figure.suptitle(f"{ROWS[name].title}: test accuracy {row['test']['accuracy']:.1%}, UAR {row['test']['uar']:.1%}")
+        axis.tick_params(axis="y", rotation=0)
+    figure.suptitle(f"{row['title']}: test accuracy {row['test']['accuracy']:.1%}, UAR {row['test']['uar']:.1%}")
     save_figure(figure, f"confusion_{ROWS[name].stem}", cfg)
 
 
 def plot_comparison(rows, cfg):
     """UAR of all rows on validation and test, chance drawn in."""
-    table = pd.DataFrame([{"row": ROWS[name].title, "split": split, "UAR": 100 * row[split]["uar"]}
-                          for name, row in rows.items() for split in ("validation", "test") if row["status"] == "run"])
-    figure, axis = plt.subplots(figsize=(9, 4.8), layout="constrained")
+    table = pd.DataFrame([{"row": row["title"], "split": split, "UAR": 100 * row[split]["uar"]}
+                          for row in rows.values() for split in SPLITS[1:] if row["status"] == "run"])
+    figure, axis = plt.subplots(figsize=(9.5, 4.8), layout="constrained")
     sns.barplot(table, y="row", x="UAR", hue="split", ax=axis, palette=["lightsteelblue", "steelblue"])
     for bars in axis.containers:
         axis.bar_label(bars, fmt="%.1f", fontsize=8, padding=2)
     axis.axvline(100 / len(EMOTIONS), color="firebrick", linestyle="--", label="chance")
-    axis.set(xlim=(0, 108), xlabel="UAR in percent", ylabel="", title="Seven ways to tell eight emotions apart")
+    axis.set(xlim=(0, 108), xlabel="UAR in %", ylabel="", title=f"{len(EMOTIONS)} emotions, told in so many ways")
     axis.legend(title="", loc="upper left", bbox_to_anchor=(1, 1))
     save_figure(figure, "comparison", cfg)
 
 
+def plot_paths(rows, cfg):
+    """The plots of a finished run, in the order of the report; those of the data first."""
+    names = ["class_counts", "samples", *(["training_curves", "comparison"] if rows else [])]
+    names += [f"confusion_{ROWS[name].stem}" for name in rows if rows[name]["status"] == "run"]
+    return [Path(cfg.output_dir, "plots", f"{name}.png") for name in names]
+
+
 # %% 16. Report
 MEANING = (
-    "UAR is the mean of the eight recalls; guessing gives 12.5 percent. Speakers of the test split were never heard in "
-    "training, unless this page says that speakers are shared.",
-    "One fold tests five actors, and figures move by ten points and more from one set of actors to another: compare "
+    "UAR is the mean of the eight recalls; guessing gives 12.5 %. Nobody who speaks in the test split was heard in "
+    "training, unless this report says that speakers are shared.",
+    "One fold tests five actors, and figures move by ten points and more from one set of actors to the next: compare "
     "systems over all five folds, never on one.",
-    "Temperatures are fitted on the validation split, so its NLL and ECE are slightly flattering; the test split was "
-    "scored once, by the final models.",
-    "Simulated sentences are drawn by label. Rows that read them show how text and fusion work, not how well words "
-    "tell feelings: RAVDESS's own two sentences are the same in every emotion and carry none.",
+    "Temperatures are fitted on the validation split, so its NLL and ECE flatter a little. The test split is scored by "
+    "the final models and decides nothing.",
+    "Simulated sentences are drawn by label. Rows that read them show how text and fusion work, not how well words tell "
+    "feelings: the two sentences that RAVDESS's actors speak are the same in every emotion.",
     "RAVDESS holds acted speech of 24 North American speakers. Nothing here measures what a person feels, and nothing "
     "here is fit for judging people.",
+    "Corpus: Livingstone S. R., Russo F. A. (2018), The Ryerson Audio-Visual Database of Emotional Speech and Song "
+    "(RAVDESS), PLoS ONE 13(5): e0196391, licence CC BY-NC-SA 4.0.",
 )
 
 
 def result_table(rows):
-    """The figures of all rows as strings: a DataFrame, one line per row, what did not run with its reason."""
+    """The figures of all rows as a DataFrame of strings; what did not run says why in the column `note`."""
     lines = []
-    for name, row in rows.items():
-        line = {"model": ROWS[name].title}
-        if row["status"] == "run":
+    for row in rows.values():
+        line, ran = {"model": row["title"]}, row["status"] == "run"
+        if ran:
             line |= {f"{split} acc": f"{row[split]['accuracy']:.1%}" for split in SPLITS}
-            line |= {"val UAR": f"{row['validation']['uar']:.1%}", "test UAR": f"{row['test']['uar']:.1%}",
-                     "test F1": f"{row['test']['macro_f1']:.1%}", "test NLL": f"{row['test']['nll']:.3f}",
-                     "test ECE": f"{row['test']['ece']:.3f}"}
-        lines.append(line | {"note": "" if row["status"] == "run" else row["status"]})
-    table = pd.DataFrame(lines).fillna("-").rename(columns={"validation acc": "val acc"})
-    return table if table["note"].any() else table.drop(columns="note")
+            line |= {f"{split} UAR": f"{row[split]['uar']:.1%}" for split in SPLITS[1:]}
+            test = row["test"]
+            line |= {"test F1": f"{test['macro_f1']:.1%}", "test NLL": f"{test['nll']:.3f}", "test ECE": f"{test['ece']:.3f}"}
+        lines.append(line | {"note": "" if ran else row["status"]})
+    return pd.DataFrame(lines).fillna("-").rename(columns=lambda name: name.replace("validation", "val"))
 
 
 def add_table(document, table):
-    """Append a DataFrame to a docx document as a table of small print."""
+    """Append a DataFrame to a docx document, in small print."""
     from docx.shared import Pt
-    grid = document.add_table(1, len(table.columns), "Light Grid Accent 1")
+    grid = document.add_table(0, len(table.columns), "Light Grid Accent 1")
     for values in [table.columns, *table.itertuples(index=False)]:
-        cells = grid.rows[0].cells if values is table.columns else grid.add_row().cells
-        for cell, value in zip(cells, values):
-            cell.text = re.sub(r"[^\t\n\x20-\ud7ff\ue000-\ufffd]", "?", str(value))  # XML allows no control characters
-            for run in cell.paragraphs[0].runs:
-                run.font.size = Pt(8)
+        for cell, value in zip(grid.add_row().cells, values):
+            text = re.sub(r"[^\t\n\x20-\ud7ff\ue000-\ufffd]", "?", str(value))  # XML has no control characters
+            cell.paragraphs[0].add_run(text).font.size = Pt(8)
 
 
 def write_report(figures, audit, config, cfg):
     """Write the report as .docx from what the other stages left; needs no model."""
     import docx
     from docx.shared import Cm
-    rows, document = figures["rows"], docx.Document()
-    document.sections[0].left_margin = document.sections[0].right_margin = Cm(2)
-    document.sections[0].header.paragraphs[0].text = "; ".join(figures["marks"]) or "RAVDESS, unseen speakers"
+    document, rows = docx.Document(), figures["rows"]
+    page = document.sections[0]
+    page.left_margin = page.right_margin = Cm(2)
+    page.header.paragraphs[0].text = "; ".join(figures["marks"]) or "RAVDESS, unseen speakers"
     document.add_heading("Speech emotion recognition: report", 0)
-    document.add_heading("Summary", 1)
-    done = [name for name in rows if rows[name]["status"] == "run"]
-    best = max(done, key=lambda name: rows[name]["validation"]["uar"])
-    for name in dict.fromkeys([*([] if "cnn" not in done else ["cnn"]), best]):
-        document.add_paragraph(f"{ROWS[name].title} reaches {rows[name]['test']['uar']:.1%} UAR and "
-                               f"{rows[name]['test']['accuracy']:.1%} accuracy on {rows[name]['test']['clips']} test clips"
-                               + (" (best row on validation)." if name == best else "."))
-    for mark in figures["marks"]:
-        document.add_paragraph(f"Mind: {mark}.", "List Bullet")
-    document.add_heading("Data", 1)
-    for line in describe_audit(audit):
-        document.add_paragraph(line, "List Bullet")
-    document.add_heading("Split", 1)
-    for split, part in audit["splits"].items():
-        document.add_paragraph(f"{split}: {part['clips']} clips of actors {', '.join(map(str, part['actors']))}", "List Bullet")
-    document.add_heading("Training and validation accuracy", 1)
+    ran = {name: row for name, row in rows.items() if row["status"] == "run"}
+    best = max(ran, key=lambda name: ran[name]["validation"]["uar"])
+    shown = [name for name in ran if name in ("cnn", best)]
     table = result_table(rows)
-    add_table(document, table[[c for c in table if c in ("model", "train acc", "val acc", "val UAR", "note")]])
-    document.add_heading("Test results", 1)
-    add_table(document, table[[c for c in table if c == "model" or c.startswith("test") or c == "note"]])
-    document.add_heading("UAR by intensity and sex, test", 1)
-    add_table(document, pd.DataFrame([{"model": ROWS[name].title} | {k: f"{v:.1%}" for k, v in rows[name]["groups"].items()}
-                                      for name in done]))
-    for name in dict.fromkeys(["cnn", best] if "cnn" in done else [best]):
-        document.add_heading(f"{ROWS[name].title}: the most confident mistakes, test", 1)
-        add_table(document, pd.DataFrame(rows[name]["mistakes"]))
-    document.add_heading("Plots", 1)
+
+    def section(title, lines=(), tables=()):
+        document.add_heading(title, 1)
+        for line in lines:
+            document.add_paragraph(line, "List Bullet")
+        for content in tables:
+            add_table(document, content)
+    section("Summary", [
+        *(f"{ran[name]['title']}: {ran[name]['test']['uar']:.1%} UAR, {ran[name]['test']['accuracy']:.1%} accuracy on "
+          f"{ran[name]['test']['clips']} test clips" + (" (best row on validation)." if name == best else ".")
+          for name in shown), *(f"Mind: {mark}." for mark in figures["marks"])])
+    section("Data and split", describe_audit(audit))
+    section("Training and validation accuracy", tables=[table[["model", "train acc", "val acc", "val UAR", "note"]]])
+    section("Test results", [f"Text encoder of the BERT rows: {config['settings']['bert_model']}."],
+            [table.drop(columns=["train acc", "val acc", "val UAR"])])
+    groups = [{"model": row["title"]} | {group: f"{uar:.1%}" for group, uar in row["groups"]["test"].items()}
+              for row in ran.values()]
+    section("Test UAR by intensity and sex", tables=[pd.DataFrame(groups)])
+    for name in shown:
+        section(f"{ran[name]['title']}: test results by emotion", tables=[
+            pd.DataFrame(ran[name]["test"]["per_class"]).T.round(3).rename_axis("emotion").reset_index()])
+        section(f"{ran[name]['title']}: the most confident mistakes", tables=[pd.DataFrame(ran[name]["mistakes"])])
+    section("Plots")
     for path in plot_paths(rows, cfg):
         document.add_picture(str(path), width=Cm(17))
-    document.add_heading("What the figures mean, and what they do not", 1)
-    for line in MEANING:
-        document.add_paragraph(line, "List Bullet")
-    document.add_heading("Settings", 1)
-    add_table(document, pd.DataFrame(sorted(config["settings"].items()), columns=["setting", "value"]))
-    document.add_heading("How to repeat this", 1)
-    document.add_paragraph(config["command"])
-    document.add_paragraph("; ".join(f"{name} {version}" for name, version in config["versions"].items()))
-    document.add_paragraph(CITATION[0])
-    with replacing(Path(cfg.output_dir) / "emotion_recognition_report.docx") as temporary:
+    section("What the figures mean, and what they do not", MEANING)
+    section("How to repeat this", [config["command"], ", ".join(map(" ".join, config["versions"].items()))])
+    section("Settings", tables=[pd.DataFrame(config["settings"].items(), columns=["setting", "value"])])
+    with replacing(Path(cfg.output_dir, "emotion_recognition_report.docx")) as temporary:
         document.save(temporary)
-
-
-def plot_paths(rows, cfg):
-    """The plots of a finished run, in the order of the report."""
-    names = ["class_counts", "samples", "training_curves", "comparison"]
-    names += [f"confusion_{ROWS[name].stem}" for name in rows if rows[name]["status"] == "run"]
-    return [Path(cfg.output_dir) / "plots" / f"{name}.png" for name in names]
 
 
 # %% 17. The demo
@@ -1588,245 +1520,231 @@ DEMO_VOICES = {  # pitch and its range in semitones, syllables a second, level i
     "sad": (-2, 2, 2.6, -14, 0.05, 0.5), "angry": (4, 3, 5.2, 0, 0.35, 2.2), "fearful": (8, 3, 6.2, -6, 0.20, 1.2),
     "disgust": (-4, 4, 3.2, -5, 0.30, 1.0), "surprised": (9, 9, 4.2, -3, 0.02, 1.6),
 }
+VOWELS = np.array([[700, 1200, 2500], [400, 2000, 2600], [500, 900, 2400], [300, 2300, 3000]])  # formants in Hz
 
 
 def synthesize(emotion, actor, rng, rate):
-    """A speech-like synthetic clip, float samples (n,): harmonics with formants, in syllables; no word, no feeling."""
+    """A speech-like synthetic clip, float samples (n,): harmonics with formants, five syllables, no words."""
     pitch, span, tempo, level, rough, bright = DEMO_VOICES[emotion]
-    voice = random.Random(actor)
-    base = (115 if actor % 2 else 205) * 2 ** ((voice.uniform(-2, 2) + pitch + rng.normal(0, 0.7)) / 12)
+    voice, male = random.Random(actor), actor % 2
+    base = (115 if male else 205) * 2 ** ((voice.uniform(-2, 2) + pitch + rng.normal(0, 0.7)) / 12)
     tempo *= rng.uniform(0.9, 1.1)
     t = np.arange(int(rate * 5 / tempo)) / rate
-    melody = span * (np.sin(2 * np.pi * tempo / 3 * t + rng.uniform(0, 6)) + 1.5 * (t / t[-1] if emotion == "surprised" else -t / t[-1]) / 2)
-    f0 = base * 2 ** (melody / 12) * (1 + rough * 0.1 * np.repeat(rng.normal(size=len(t) // 80 + 1), 80)[:len(t)])
-    phase, syllable = np.cumsum(2 * np.pi * f0 / rate), (t * tempo).astype(int)
-    scale = (1 if actor % 2 else 1.16) * voice.uniform(0.95, 1.05)
-    formants = scale * np.array([[700, 1200, 2500], [400, 2000, 2600], [500, 900, 2400], [300, 2300, 3000]])[rng.integers(0, 4, 9)]
+    fall = 0.75 * t / t[-1] * (1 if emotion == "surprised" else -1)
+    melody = span * (np.sin(2 * np.pi * tempo / 3 * t + rng.uniform(0, 6)) + fall)
+    jitter = np.repeat(rng.normal(size=len(t) // 80 + 1), 80)[:len(t)]
+    f0 = base * 2 ** (melody / 12) * (1 + rough * 0.1 * jitter)
+    phase = np.cumsum(2 * np.pi * f0 / rate)
+    scale = (1 if male else 1.16) * voice.uniform(0.95, 1.05)
+    formants = scale * VOWELS[rng.integers(0, len(VOWELS), 9)][(t * tempo).astype(int)]  # (n, 3)
     wave = np.zeros_like(t)
     for harmonic in range(1, 25):
-        distance = (harmonic * f0[:, None] - formants[syllable]) / 180  # (n, 3)
+        distance = (harmonic * f0[:, None] - formants) / 180
         wave += np.sin(harmonic * phase) * (0.03 + np.exp(-distance**2 / 2).sum(axis=1)) * harmonic ** (-1.2 / bright)
     wave += rough * rng.normal(size=len(t)) * np.abs(wave)
     wave *= np.sin(np.pi * (t * tempo % 1)) ** 0.7
-    wave = np.concatenate([np.zeros(rate // 5), wave / np.abs(wave).max() * 10 ** (level / 20), np.zeros(rate // 5)])
+    wave = np.pad(wave / np.abs(wave).max() * 10 ** (level / 20), rate // 5)
     return 0.9 * wave + rng.normal(0, 3e-4, len(wave))
 
 
 def write_demo_corpus(folder, actors=range(1, 25), statements=(1, 2), rate=16000):
-    """Write synthetic clips under RAVDESS names, one per actor, emotion and statement, those that are missing."""
+    """Write the missing ones of the synthetic clips, one per actor, emotion and statement, under RAVDESS names."""
     def write(name):
-        path = Path(folder, f"Actor_{name[-2:]}", f"{name}.wav")
+        path, emotion, actor = Path(folder, f"Actor_{name[-2:]}", f"{name}.wav"), int(name[6:8]), int(name[-2:])
         if not path.exists():
-            emotion, actor = EMOTIONS[int(name[6:8]) - 1], int(name[-2:])
-            samples = synthesize(emotion, actor, np.random.default_rng(int(name.replace("-", ""))), rate)
+            rng = np.random.default_rng(int(name.replace("-", "")))
             with replacing(path) as temporary:
-                soundfile.write(temporary, samples, rate, "PCM_16")
-    in_parallel(write, [f"03-01-{e:02}-01-{s:02}-01-{a:02}" for a in actors for e in range(1, 9) for s in statements],
-                "Writing the demo corpus")
+                soundfile.write(temporary, synthesize(EMOTIONS[emotion - 1], actor, rng, rate), rate, "PCM_16")
+    in_parallel(write, [f"03-01-{emotion:02}-01-{statement:02}-01-{actor:02}" for actor in actors
+                        for emotion in range(1, 9) for statement in statements], "Synthetic clips")
 
 
 def write_demo_encoder(folder):
-    """Write a small, untrained DistilBERT whose vocabulary is the sentence bank's, in the usual folder layout."""
+    """Write a small, untrained DistilBERT that knows the words of the sentence bank, in the usual folder layout."""
     import tokenizers
     import transformers
-    if (folder / "model.safetensors").exists():
+    if Path(folder, "model.safetensors").exists():
         return
     words = sorted({word for texts in sentence_bank().values() for text in texts for word in words_in(text)})
-    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", "?", "!", ",", "'", *words]
-    tokenizer = tokenizers.BertWordPieceTokenizer({token: index for index, token in enumerate(tokens)}, lowercase=True)
-    special = dict(unk_token="[UNK]", pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]", mask_token="[MASK]")
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, **special).save_pretrained(folder)
+    special = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
+    ids = {token: index for index, token in enumerate([*special.values(), *".,?!'", *words])}
+    tokenizer = tokenizers.BertWordPieceTokenizer(ids, lowercase=True)._tokenizer
     torch.manual_seed(0)
-    config = transformers.DistilBertConfig(vocab_size=len(tokens), dim=64, n_layers=2, n_heads=4, hidden_dim=128,
-                                           max_position_embeddings=64)
+    config = transformers.DistilBertConfig(vocab_size=len(ids), dim=64, n_layers=2, n_heads=4, hidden_dim=128)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
     transformers.DistilBertModel(config).save_pretrained(folder)
 
 
 # %% 18. The phases and main
+def reuse(title, key, files, cfg, make):
+    """Make files unless they are there, made under the same key; a notebook sees its figures every time."""
+    path = Path(cfg.output_dir, "cache", f"{title.replace(' ', '_')}.key")
+    if path.exists() and path.read_text() == key and all(file.exists() for file in files) and not in_kernel():
+        print(f"Reused: {title}")
+        return
+    make()
+    save(path, key.encode())
+
+
 def data_phase(cfg, device):
-    """Find, check, split, transcribe and transform the corpus: `clips` with all its columns."""
+    """Find, check, transform, split and transcribe the corpus: `clips` with all its columns."""
+    from sklearn.preprocessing import LabelEncoder
     clips, audit = index_clips(find_corpus(cfg))
     clips = add_features(clips, audit, cfg)
     clips = add_transcripts(split_clips(clips, cfg), cfg, device)
-    audit = complete_audit(clips, audit)
-    audit["splits"] = {split: {"clips": len(part), "actors": sorted(int(a) for a in part["actor"].unique())}
-                       for split, part in ((s, clips[clips["split"] == s]) for s in SPLITS)}
+    audit, folder, table = complete_audit(clips, audit), Path(cfg.output_dir), clips.drop(columns="mel")
     print("\n".join(describe_audit(audit)))
-    for split, part in audit["splits"].items():
-        print(f"{split:10} {part['clips']:5d} clips, actors {' '.join(map(str, part['actors']))}")
-    folder = Path(cfg.output_dir)
-    write_table(folder / "clips.csv", clips.drop(columns="mel"))
-    write_json(folder / "audit.json", audit)
-    write_label_encoder(folder / "label_encoder.pkl")
-    key = digest(clips.drop(columns="mel").to_csv(), {name: getattr(cfg, name) for name in FEATURES}, marks(cfg))
-    reuse("data plots", key, plot_paths({}, cfg)[:2], cfg, lambda: (plot_counts(clips, cfg), plot_samples(clips, cfg)))
-    return clips
-
-
-def write_label_encoder(path):
-    """A scikit-learn LabelEncoder with the classes in code order, for the user's own code; never read here."""
-    from sklearn.preprocessing import LabelEncoder
+    save(folder / "clips.csv", table.assign(marks="; ".join(marks(cfg))))
+    save(folder / "audit.json", audit)
     encoder = LabelEncoder()
-    encoder.classes_ = np.array(EMOTIONS)
-    with replacing(path) as temporary:
-        temporary.write_bytes(pickle.dumps(encoder))
-
-
-def reuse(name, key, files, cfg, make):
-    """Make files unless they are there and were made under the same key; a notebook sees its figures every time."""
-    path = Path(cfg.output_dir) / "cache" / f"{name.replace(' ', '_')}.key"
-    if path.exists() and path.read_text() == key and all(file.exists() for file in files) and not in_kernel():
-        print(f"Reused: {name}")
-        return
-    make()
-    with replacing(path) as temporary:
-        temporary.write_text(key)
+    encoder.classes_ = np.array(EMOTIONS)  # fit() would sort them
+    save(folder / "label_encoder.pkl", pickle.dumps(encoder))
+    key = digest(table.to_csv(), {name: getattr(cfg, name) for name in FEATURES}, marks(cfg))
+    reuse("data plots", key, plot_paths({}, cfg), cfg, lambda: (plot_counts(clips, cfg), plot_samples(clips, cfg)))
+    return clips
 
 
 def models_to_run(cfg):
     """The short names that this phase may train, in order; --phase fusion leaves out what no fusion needs."""
     asked = names_in(cfg.run_models)
-    if cfg.phase == "fusion":
-        asked = [n for n in asked if MODELS[n].parts or any(n in MODELS[f].parts for f in asked)]
-    return [n for n in MODELS if n in asked and not (cfg.phase == "unimodal" and MODELS[n].parts)]
+    needed = {part for name in asked for part in MODELS[name].parts}
+    phases = {"unimodal": lambda name: not MODELS[name].parts,
+              "fusion": lambda name: MODELS[name].parts or name in needed}
+    return [name for name in MODELS if name in asked and phases.get(cfg.phase, bool)(name)]
 
 
 def check_needs(cfg, names):
-    """Find now what would stop the run after an hour: text encoder, torchaudio, disk, python-docx. Raises UserError."""
+    """Find now what would stop the run after an hour: packages, text encoder, disk. Raises UserError."""
     load_torchaudio()
-    path = checkpoint_path(cfg, "bert")
-    if "bert" in names and (not path.exists() or differences(read_or_empty(path).get("fingerprint", {}), fingerprint(cfg, "bert"))):
+    folder, path = Path(cfg.output_dir), file_of(cfg, "checkpoint", "bert")
+    if "bert" in names and differences(read_if_usable(path).get("fingerprint", {}), fingerprint(cfg, "bert")):
         load_text_encoder(cfg.bert_model)
     if importlib.util.find_spec("docx") is None:
-        print("The .docx report will be left out: pip install python-docx, then --phase report")
-    folder = Path(cfg.output_dir)
-    with replacing(folder / ".writable"):  # is it?
-        (folder / "..writable.tmp").touch()
+        print("The .docx will be left out: pip install python-docx, then --phase report makes it")
+    save(folder / "cache" / "writable.key", b"")
     free, need = shutil.disk_usage(folder).free / 1e9, 0.1 if cfg.demo else 2.0
     if free < need:
-        raise UserError(f"{folder} has {free:.1f} GB left of the {need} GB that this needs: free some or name another --output-dir")
+        raise UserError(f"{folder} has {free:.1f} GB left, this needs {need}: make room or name another --output-dir")
 
 
-def read_or_empty(path):
-    """A checkpoint, or {} where there is none that can be used."""
+def read_if_usable(path):
+    """The contents of a checkpoint, {} where there is none that can be used."""
     try:
-        return read_checkpoint(path) if path.exists() else {}
+        return read_checkpoint(path)
     except UserError:
         return {}
 
 
 def epoch_seconds(name, clips, cfg, device):
-    """About how long an epoch of one model takes, from three training steps."""
-    if MODELS[name].parts:  # forward passes only
-        return 0.4 * sum(epoch_seconds(part, clips, cfg, device) for part in MODELS[name].parts)
-    model, settings = build_model(name, clips, cfg, device), settings_for(cfg, name)
+    """About how long an epoch of a unimodal model takes, from three training steps."""
+    model, settings = build_model(name, clips, cfg, device).train(), settings_for(cfg, name)
     train = make_dataset(model, clips[clips["split"] == "train"], cfg, device, augment=True)
-    trainer, times = Trainer(model, settings, 10, None, device), []
-    model.train()
+    trainer, rows, times = Trainer(model, settings, 10, None, device), list(range(len(train))), []
     for _ in range(3):
         start = time.perf_counter()
-        trainer.step(train.__getitems__(list(range(min(settings["batch_size"], len(train))))))
+        trainer.step(train[rows[:settings["batch_size"]]])
         times.append(time.perf_counter() - start)
     return min(times) * len(train) / settings["batch_size"]
 
 
 def plan_training(clips, names, cfg, device):
-    """Say what will run and what is reused; returns the names to train. Raises UserError when a part is lacking."""
-    todo = {name: reason for name in names if (reason := out_of_date(cfg, name, clips))}
-    print(f"\nPlan: {device} ({str(training_precision(device))[6:]}), {torch.get_num_threads()} threads, into {cfg.output_dir}")
-    total = 0.0
+    """Say what will run, for how long, and what is reused; the names to train. Raises UserError if a part is lacking."""
+    reasons = {name: out_of_date(cfg, name, clips) for name in MODELS}
     for name in names:
-        old = read_or_empty(checkpoint_path(cfg, name))
-        before = f"{old['epochs']} epochs, validation UAR {old['scores']['uar']:.1%}" if old else ""
         for part in MODELS[name].parts:
-            if part not in names and (reason := out_of_date(cfg, part, clips)):
-                raise UserError(f"{MODELS[name].title} needs {checkpoint_path(cfg, part)} ({reason}): add {part} to --run-models")
+            if part not in names and reasons[part]:
+                raise UserError(f"{MODELS[name].title} needs {file_of(cfg, 'checkpoint', part)} ({reasons[part]}): "
+                                f"add {part} to --run-models")
+    todo, seconds = [name for name in names if reasons[name]], {}
+    precision, total = str(training_precision(device)).removeprefix("torch."), 0.0
+    print(f"\nPlan: on {device} in {precision}, {torch.get_num_threads()} threads, results into {cfg.output_dir}")
+    for name in names:
+        old, epochs = read_if_usable(file_of(cfg, "checkpoint", name)), settings_for(cfg, name)["epochs"]
+        before = f"{old['epochs']} epochs, validation UAR {old['scores']['uar']:.1%}" if old else ""
         if name not in todo:
             print(f"  {MODELS[name].title:24} reused ({before})")
             continue
-        minutes = settings_for(cfg, name)["epochs"] * epoch_seconds(name, clips, cfg, device) / 60
+        for part in MODELS[name].parts or [name]:
+            seconds[part] = seconds.get(part) or epoch_seconds(part, clips, cfg, device)
+        share = 0.4 if MODELS[name].parts else 1.0  # a head needs no backward pass of its parts
+        minutes = epochs * share * sum(seconds[part] for part in MODELS[name].parts or [name]) / 60
         total += minutes
-        print(f"  {MODELS[name].title:24} {settings_for(cfg, name)['epochs']} epochs, about {minutes:.1f} min ({todo[name]})"
+        print(f"  {MODELS[name].title:24} {epochs} epochs, about {minutes:.1f} min ({reasons[name]})"
               + (f"; replaces {before}, kept as *.previous.pth" if old else ""))
-    print(f"  about {total:.1f} min of training", flush=True)
-    return list(todo)
+    print(f"  about {total:.0f} min of training in all", flush=True)
+    return todo
 
 
-def combine_late(row, cfg):
+def combine_late(name, cfg):
     """Late fusion: the mean of two rows' probabilities, as a predictions table."""
-    tables = [read_output(predictions_path(cfg, ROWS[part].stem), pd.read_csv) for part in row.parts]
-    table = tables[0].copy()
-    table[EMOTIONS] = sum(part[EMOTIONS].to_numpy() for part in tables) / len(tables)
-    table["predicted"] = table[EMOTIONS].idxmax(axis=1)
-    return table
+    tables = [read_back(file_of(cfg, "predictions", part), pd.read_csv) for part in ROWS[name].parts]
+    table = tables[-1].copy()
+    table[EMOTIONS] = np.mean([part[EMOTIONS].to_numpy() for part in tables], axis=0)
+    return table.assign(predicted=table[EMOTIONS].idxmax(axis=1))
 
 
 def score_row(name, clips, cfg):
-    """All scores of one finished row from its predictions table."""
-    table = read_output(predictions_path(cfg, ROWS[name].stem), pd.read_csv)
-    row = {"title": ROWS[name].title, "status": "run"}
+    """All scores of one finished row, from its predictions table."""
+    table = read_back(file_of(cfg, "predictions", name), pd.read_csv)
+    table = table.merge(clips[["clip", "intensity", "sex"]], on="clip")
+    table["intensity"] = table["intensity"].map({1: "normal intensity", 2: "strong intensity"})
+    row = {"title": ROWS[name].title, "status": "run", "groups": {}}
     for split in SPLITS:
         part = table[table["split"] == split]
         row[split] = score(part[EMOTIONS].to_numpy(), part["true"].map(EMOTIONS.index).to_numpy())
-    test = table[table["split"] == "test"].merge(clips[["clip", "intensity", "sex"]], on="clip")
-    test["intensity"] = test["intensity"].map({1: "normal intensity", 2: "strong intensity"})
-    row["groups"] = {group: recall(part["true"], part["predicted"]) for column in ("intensity", "sex")
-                     for group, part in test.groupby(column)}
-    wrong = test[test["true"] != test["predicted"]].assign(confidence=test[EMOTIONS].max(axis=1).round(3))
-    row["mistakes"] = wrong.nlargest(10, "confidence")[["clip", "actor", "true", "predicted", "confidence"]].to_dict("records")
-    return row
+        row["groups"][split] = {group: recall(rows["true"], rows["predicted"]) for column in ("intensity", "sex")
+                                for group, rows in part.groupby(column)}
+    wrong = part[part["true"] != part["predicted"]].assign(confidence=part[EMOTIONS].max(axis=1).round(3))
+    columns = ["clip", "actor", "true", "predicted", "confidence"]
+    return row | {"mistakes": wrong.nlargest(10, "confidence")[columns].to_dict("records")}
 
 
 def evaluate_phase(clips, cfg):
-    """Combine late fusion, score all seven rows, write metrics.json and config.json; returns the figures."""
+    """Combine late fusion, score all seven rows, write metrics.json and config.json."""
     rows, asked = {}, names_in(cfg.run_models)
     for name, row in ROWS.items():
-        if name in LATE:
-            lacking = [ROWS[part].title for part in row.parts if rows[part]["status"] != "run"]
-            reason = f"{' and '.join(lacking)} did not run" if lacking else ""
-            if not reason:
-                write_table(predictions_path(cfg, row.stem), combine_late(row, cfg))
-        else:
+        if name in MODELS:
             reason = out_of_date(cfg, name, clips)
             reason = "left out by --run-models" if reason and name not in asked else reason
+        else:
+            reason = " and ".join(rows[part]["title"] for part in row.parts if rows[part]["status"] != "run")
+            reason = reason and f"{reason} did not run"
+        if name not in MODELS and not reason:
+            save(file_of(cfg, "predictions", name), combine_late(name, cfg))
         rows[name] = {"title": row.title, "status": f"not run: {reason}"} if reason else score_row(name, clips, cfg)
-    figures = {"marks": marks(cfg), "split": cfg.split, "fold": cfg.folds, "classes": EMOTIONS,
-               "text_encoder": cfg.bert_model, "rows": rows}
-    settings = {name.lower(): getattr(cfg, name.lower()) for name in SETTINGS}
-    flags = [f"--{'' if value is not False else 'no-'}{key.replace('_', '-')}" + ("" if type(value) is bool else f" {value}")
-             for key, value in settings.items() if key in cfg.given and key != "phase" and not (cfg.demo and key == "output_dir")]
-    write_json(Path(cfg.output_dir) / "metrics.json", figures)
-    write_json(Path(cfg.output_dir) / "config.json", {"command": " ".join(["python emotion_recognition.py", *flags]),
-                                                      "settings": settings, "versions": versions()})
-    print("\n" + "; ".join(marks(cfg)))
-    print(result_table(rows).to_string(index=False))
-    return figures
+        if name != "cnn" and cfg.use_simulated_sentences:
+            rows[name]["title"] += " (oracle text)"
+    flags = [f"--{'no-' if value is False else ''}{key.replace('_', '-')}" + ("" if type(value) is bool else f" {value}")
+             for key, value in settings_of(cfg).items() if key in cfg.given and (key, cfg.demo) != ("output_dir", True)]
+    folder = Path(cfg.output_dir)
+    save(folder / "metrics.json", {"marks": marks(cfg), "classes": EMOTIONS, "rows": rows})
+    save(folder / "config.json", {"command": " ".join(["python emotion_recognition.py", *flags]),
+                                  "settings": settings_of(cfg), "versions": versions()})
+    print("\n" + "; ".join(marks(cfg)) + "\n" + result_table(rows).to_string(index=False))
 
 
 def report_settings(cfg):
-    """The settings of the finished run in OUTPUT_DIR, and a UserError where a flag or a checkpoint contradicts them."""
-    folder = Path(cfg.output_dir)
-    saved = read_output(folder / "config.json", lambda p: json.loads(p.read_text(encoding="utf-8"))["settings"])
-    keep = {"phase": cfg.phase, "output_dir": cfg.output_dir, "given": cfg.given}
-    asked = {key: getattr(cfg, key) for key in cfg.given if key not in ("phase", "output_dir", "device", "demo")}
-    cfg = SimpleNamespace(**(saved | asked | keep))
-    figures = read_output(folder / "metrics.json", lambda p: json.loads(p.read_text(encoding="utf-8")))
-    for name in MODELS:
-        if figures["rows"][name]["status"] == "run":
-            changed = differences(read_checkpoint(checkpoint_path(cfg, name))["fingerprint"], fingerprint(cfg, name))
+    """The settings of the finished run in OUTPUT_DIR; a UserError where a flag or a checkpoint contradicts them."""
+    saved = read_back(Path(cfg.output_dir, "config.json"))["settings"]
+    asked = {key: getattr(cfg, key) for key in {"phase", "output_dir", *cfg.given}}
+    cfg = SimpleNamespace(**(settings_of(cfg) | saved | asked), given=cfg.given)
+    for name, row in read_back(Path(cfg.output_dir, "metrics.json"))["rows"].items():
+        if name in MODELS and row["status"] == "run":
+            path = file_of(cfg, "checkpoint", name)
+            changed = differences(read_checkpoint(path)["fingerprint"], fingerprint(cfg, name))
             if changed:
-                raise UserError(f"{checkpoint_path(cfg, name)} is of another run ({changed}): leave out the flag, or train "
-                                "again with --phase all")
+                raise UserError(f"{path} was made otherwise ({changed}): leave out that flag, or train with --phase all")
     return cfg
 
 
 def report_phase(cfg):
     """Plots and .docx from what lies in OUTPUT_DIR; reused when nothing of it has changed."""
     folder = Path(cfg.output_dir)
-    figures, audit, config = (read_output(folder / f"{name}.json", lambda p: json.loads(p.read_text(encoding="utf-8")))
-                              for name in ("metrics", "audit", "config"))
+    figures, audit, config = (read_back(folder / f"{name}.json") for name in ("metrics", "audit", "config"))
     rows, document = figures["rows"], folder / "emotion_recognition_report.docx"
     with_docx = importlib.util.find_spec("docx") is not None
+    if all(row["status"] != "run" for row in rows.values()):
+        raise UserError(f"no model in {folder} is trained: run --phase all first or name another --output-dir")
 
     def make():
         plot_curves(rows, cfg)
@@ -1836,13 +1754,9 @@ def report_phase(cfg):
                 plot_confusion(name, row, cfg)
         if with_docx:
             write_report(figures, audit, config, cfg)
-        else:
-            print(f"{document} is left out: pip install python-docx, then --phase report")
-    if all(row["status"] != "run" for row in rows.values()):
-        raise UserError(f"no model in {folder} is trained: run --phase all first, or name another --output-dir")
-    reuse("report", digest(figures, audit, config["settings"], with_docx),
-          plot_paths(rows, cfg) + [document] * with_docx, cfg, make)
-    print(f"Report: {document if with_docx else folder / 'plots'}")
+    key = digest(figures, audit, config["settings"], with_docx)
+    reuse("report", key, plot_paths(rows, cfg) + [document] * with_docx, cfg, make)
+    print(f"Report: {document}" if with_docx else "The .docx is left out: pip install python-docx, then --phase report")
 
 
 def main(argv=None):
@@ -1855,15 +1769,14 @@ def main(argv=None):
     device, names = pick_device(cfg), models_to_run(cfg)
     if cfg.demo:
         write_demo_corpus(cfg.ravdess_path)
-        write_demo_encoder(Path(cfg.bert_model))
+        write_demo_encoder(cfg.bert_model)
     if cfg.phase != "data":
         check_needs(cfg, names)
     clips = data_phase(cfg, device)
-    if cfg.phase == "data":
-        return None
-    for name in plan_training(clips, names, cfg, device):
-        train_model(name, clips, cfg, device)
-    evaluate_phase(clips, cfg)
+    if cfg.phase != "data":
+        for name in plan_training(clips, names, cfg, device):
+            train_model(name, clips, cfg, device)
+        evaluate_phase(clips, cfg)
     return report_phase(cfg) if cfg.phase == "all" else None
 
 
@@ -1874,5 +1787,5 @@ if __name__ == "__main__":
     except (UserError, KeyboardInterrupt) as stop:
         if in_kernel():
             raise
-        print(f"error: {stop}" if isinstance(stop, UserError) else "stopped; what is finished is kept", file=sys.stderr)
+        print(f"error: {stop}" if str(stop) else "stopped; what is finished is kept", file=sys.stderr)
         sys.exit(2 if isinstance(stop, UserError) else 130)
