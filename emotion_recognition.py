@@ -85,7 +85,7 @@ N_FFT = 1024                     # samples in an FFT window
 HOP_LENGTH = 256                 # samples between two frames
 SPEEDS = "0.84,0.89,0.94,1,1.06,1.12,1.19"  # voices heard in training, as resampling factors
 # Training; a constant NAME_CNN, NAME_RNN, NAME_BERT or NAME_FUSION goes before NAME
-EPOCHS_CNN = 60                  # passes over the training split, AudioCNN
+EPOCHS_CNN = 72                  # passes over the training split, AudioCNN
 EPOCHS_RNN = 20                  # the same, TextRNN
 EPOCHS_BERT = 4                  # the same, TextBERT
 EPOCHS_FUSION = 8                # the same, early fusion
@@ -110,14 +110,15 @@ CHOICES = {
     "folds": ("0", "1", "2", "3", "4"),
 }
 DEMO_SETTINGS = {"epochs_cnn": 8, "epochs_bert": 12, "epochs_fusion": 4, "learning_rate_bert": 2e-3}
-TRAINING = "epochs batch_size learning_rate weight_decay dropout label_smoothing ema_decay class_weights".split()
-FEATURES = "sampling_rate trim_db clip_seconds n_mels n_fft hop_length speeds".split()
+TRAINING = ("epochs", "batch_size", "learning_rate", "weight_decay", "dropout", "label_smoothing",
+            "ema_decay", "class_weights")
+FEATURES = ("sampling_rate", "trim_db", "clip_seconds", "n_mels", "n_fft", "hop_length", "speeds")
 EMOTIONS = ["neutral", "calm", "happy", "sad", "angry", "fearful", "disgust", "surprised"]  # in code order
 
 
 # %% 4. Command line, messages and files
 class UserError(Exception):
-    """One sentence on what the user can mend; ends a script with exit code 2, a notebook cell without traceback."""
+    """What the user can mend, in one sentence; ends a script with exit code 2, a cell without traceback."""
 
     def _render_traceback_(self):
         """What Jupyter shows in place of a traceback."""
@@ -133,13 +134,13 @@ class Parser(argparse.ArgumentParser):
 
 
 def make_parser():
-    """The command line: a flag per constant, its default read from the constant now, its help from the comment."""
+    """The command line: a flag per constant, its default read now, its help from the comment."""
     parser = Parser(prog="emotion_recognition.py", allow_abbrev=False, argument_default=argparse.SUPPRESS,
                     description="Speech emotion recognition on RAVDESS: sound, words, and both.")
     source = Path(__file__).read_text(encoding="utf-8") if "__file__" in globals() else ""
     texts = dict(re.findall(r"^([A-Z_]+) = .+?  # (.+)$", source, re.MULTILINE))
     for name, kind in SETTINGS.items():
-        flag, text = "--" + name.lower().replace("_", "-"), f"{texts.get(name, '')} (default: {globals()[name]})"
+        flag, text = flag_of(name), f"{texts.get(name, '')} (default: {globals()[name]})"
         if kind is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
         else:
@@ -170,7 +171,7 @@ def parse_settings(argv=None):
 def check_settings(cfg):
     """Raise a UserError that names the first setting whose type or value cannot be."""
     for name, kind in SETTINGS.items():
-        key, value, flag = name.lower(), getattr(cfg, name.lower()), "--" + name.lower().replace("_", "-")
+        key, value, flag = name.lower(), getattr(cfg, name.lower()), flag_of(name)
         least, share = int(key != "seed"), key.endswith(("dropout", "smoothing", "ema_decay"))
         if not (type(value) is kind or (kind is float and type(value) is int)):
             raise UserError(f"{flag} {value!r} is not of type {kind.__name__}")
@@ -188,7 +189,13 @@ def check_settings(cfg):
     except ValueError:
         raise UserError(f"--speeds {cfg.speeds!r} is not a list of numbers from 0.5 to 2") from None
     if cfg.clip_seconds * cfg.sampling_rate < 16 * cfg.hop_length:
-        raise UserError(f"--clip-seconds {cfg.clip_seconds} is shorter than 16 hops of --hop-length {cfg.hop_length}")
+        raise UserError(f"--clip-seconds {cfg.clip_seconds} is shorter than 16 frames of --hop-length")
+
+
+def flag_of(name, value=True):
+    """A setting as it stands on the command line: --epochs-cnn 5, --no-demo."""
+    flag = f"--{'no-' if value is False else ''}{name.lower().replace('_', '-')}"
+    return flag if type(value) is bool else f"{flag} {value}"
 
 
 def names_in(text):
@@ -197,7 +204,7 @@ def names_in(text):
 
 
 def settings_for(cfg, name):
-    """The training settings of one model: its own constant (EPOCHS_CNN) if there is one, else the common one."""
+    """The training settings of one model: its own constant (EPOCHS_CNN) if it exists, else the common one."""
     return {key: getattr(cfg, f"{key}_{MODELS[name].suffix}", getattr(cfg, key, None)) for key in TRAINING}
 
 
@@ -224,7 +231,7 @@ def replacing(path):
         yield temporary
         temporary.replace(path)
     except (OSError, soundfile.LibsndfileError) as error:
-        raise UserError(f"{path} cannot be written ({error}): make room for it or name another --output-dir") from error
+        raise UserError(f"{path} cannot be written ({error}): name another --output-dir") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -295,7 +302,7 @@ def find_corpus(cfg):
 
 
 def audio_files(folder):
-    """(path, kind, codes) of every audio and video file under a folder; kind is speech, song, video or other."""
+    """(path, kind, codes) of all audio and video files under a folder; kind: speech, song, video or other."""
     for root, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if (Path(root).name, name) != ("archive", "demo"))
         for path in (Path(root, file) for file in sorted(files)):
@@ -310,8 +317,8 @@ def index_clips(folder):
     """Find the audio-only speech clips under a folder.
 
     Returns a DataFrame with a row per clip, sorted by name (clip, path, emotion, actor, intensity, statement,
-    repetition, sex, digest of the bytes), and the audit, a dict of counts and of files left out with reasons. A
-    name that occurs twice counts once; two names with the same bytes are both kept. Raises UserError.
+    repetition, sex, digest of the bytes), and the audit, a dict of counts and of files left out with reasons.
+    A name that occurs twice counts once; two names with the same bytes are both kept. Raises UserError.
     """
     audit, found = {"folder": str(folder), "left_out": {}, "twins": 0}, {}
     counts = Counter()
@@ -330,13 +337,13 @@ def index_clips(folder):
     if not found:
         raise UserError(f"{folder} holds no RAVDESS speech clip that can be used: see --ravdess-path")
     clips = pd.DataFrame(found.values()).sort_values("clip", ignore_index=True)
-    clips["digest"] = in_parallel(lambda path: digest(Path(path).read_bytes()), clips["path"], "Reading files")
+    clips["digest"] = in_parallel(lambda path: digest(Path(path).read_bytes()), clips["path"], "Reading")
     same = clips[clips.duplicated("digest", keep=False)].groupby("digest")["clip"]
     return clips, audit | {"files": dict(counts), "same_bytes": [list(names) for _, names in same]}
 
 
 def complete_audit(clips, audit):
-    """The audit with what is used, per emotion, actor and split, and what is missing from 24 actors x 60 clips."""
+    """The audit with what is used, by emotion, actor and split, and what is missing from 24 x 60 clips."""
     expected = {f"03-01-{e:02}-{i:02}-{s:02}-{r:02}-{a:02}" for a in range(1, 25) for e in range(1, 9)
                 for i in (1, 2) for s in (1, 2) for r in (1, 2) if (e, i) != (1, 2)}
     splits = {split: clips[clips["split"] == split] for split in SPLITS}
@@ -353,8 +360,9 @@ def describe_audit(audit):
     files, per_actor = Counter(audit["files"]), sorted(Counter(audit["per_actor"].values()).items())
     return [
         f"{files.total()} audio and video files in {audit['folder']}: {audit['clips']} speech clips of "
-        f"{len(audit['per_actor'])} actors are used; passed over: {audit['twins']} second copies, {files['song']} "
-        f"song, {files['video']} video, {files['other']} other, {len(audit['left_out'])} unusable.",
+        f"{len(audit['per_actor'])} actors are used; passed over: {audit['twins']} second copies, "
+        f"{files['song']} song, {files['video']} video, {files['other']} other files, "
+        f"{len(audit['left_out'])} unusable clips.",
         "Clips per emotion: " + ", ".join(f"{e} {n}" for e, n in audit["per_emotion"].items()) + ".",
         "Clips per actor: " + ", ".join(f"{n} actors with {count}" for count, n in per_actor) + ".",
         f"Missing from the 24 x 60 clips of RAVDESS: {len(audit['missing'])}"
@@ -367,24 +375,24 @@ def describe_audit(audit):
 
 # %% 6. Splits
 # The five folds of Luna-Jimenez et al. (2021), with the validation actors of Mak-Sim/ResLSTM-SER.
-TEST_ACTORS = ((2, 5, 14, 15, 16), (3, 6, 7, 13, 18), (10, 11, 12, 19, 20), (8, 17, 21, 23, 24), (1, 4, 9, 22))
-VALIDATION_ACTORS = ((3, 6), (10, 11), (8, 17), (1, 14), (2, 5))
-SPLITS = ("train", "validation", "test")
+TEST_ACTORS = (2, 5, 14, 15, 16), (3, 6, 7, 13, 18), (10, 11, 12, 19, 20), (8, 17, 21, 23, 24), (1, 4, 9, 22)
+VALIDATION_ACTORS = (3, 6), (10, 11), (8, 17), (1, 14), (2, 5)
+SPLITS = "train", "validation", "test"
 
 
 def fold_actors(actors, fold):
-    """(validation actors, test actors) of one fold; other actors than 1 to 24 are dealt into up to five groups."""
+    """(validation actors, test actors) of one fold; other than the 24 actors are dealt into five groups."""
     if actors == list(range(1, 25)):
         return VALIDATION_ACTORS[fold], TEST_ACTORS[fold]
     groups = min(5, len(actors))
     if groups < 3 or fold >= groups:
-        raise UserError(f"{len(actors)} actor(s) cannot be split by speaker into training, validation and test (fold "
-                        f"{fold}): name more under --ravdess-path, lower --folds, or choose --split random")
+        raise UserError(f"{len(actors)} actor(s) cannot be split by speaker into three (fold {fold}): name "
+                        "more under --ravdess-path, lower --folds, or choose --split random")
     return actors[(fold + 1) % groups::groups], actors[fold::groups]
 
 
 def split_clips(clips, cfg):
-    """Add the column `split`: train, validation or test. Raises UserError when an emotion is missing in one."""
+    """Add the column `split`: train, validation or test. Raises UserError when one lacks an emotion."""
     if cfg.split == "speaker":
         key, actors = "actor", sorted(map(int, clips["actor"].unique()))
         validation, test = fold_actors(actors, int(cfg.folds))
@@ -402,7 +410,7 @@ def split_clips(clips, cfg):
     for emotion in EMOTIONS:
         for split in SPLITS:
             if not ((clips["emotion"] == emotion) & (clips["split"] == split)).any():
-                raise UserError(f"no {emotion} clip is left for {split}, of those found near {clips['path'][0]}: "
+                raise UserError(f"no {emotion} clip is left for {split} among those like {clips['path'][0]}: "
                                 "complete the folder of --ravdess-path or choose other --folds")
     return clips
 
@@ -509,7 +517,8 @@ SENTENCES = {
 
 def sentence_bank():
     """The bank as a dict from emotion to its 30 sentences."""
-    return {emotion: [" ".join(part.split()) for part in text.split("|")] for emotion, text in SENTENCES.items()}
+    return {emotion: [" ".join(sentence.split()) for sentence in text.split("|")]
+            for emotion, text in SENTENCES.items()}
 
 
 def sentences_of(sentences, split, fold):
@@ -534,7 +543,8 @@ def read_cache(path):
             raise ValueError("it holds no transcripts")
         return cache
     except Exception as error:  # a broken pickle raises almost anything
-        raise UserError(f"{path} is not a transcript cache ({error}): delete it or name another --output-dir") from error
+        raise UserError(f"{path} is no transcript cache ({error}): delete it or name another "
+                        "--output-dir") from error
 
 
 def add_transcripts(clips, cfg, device):
@@ -543,15 +553,15 @@ def add_transcripts(clips, cfg, device):
         return clips.assign(transcript=transcribe(clips, cfg, device))
     bank, path = sentence_bank(), Path(cfg.output_dir, "ravdess_transcripts_simulated.pkl")
     cache, key = read_cache(path), f"{cfg.split} fold {cfg.folds} seed {cfg.seed} bank {digest(bank)}"
-    drawn = {clip: random.Random(f"{cfg.seed}/{clip}").choice(sentences_of(bank[emotion], split, int(cfg.folds)))
-             for clip, emotion, split in zip(clips["clip"], clips["emotion"], clips["split"])}
+    drawn = {row.clip: random.Random(f"{cfg.seed}/{row.clip}").choice(
+             sentences_of(bank[row.emotion], row.split, int(cfg.folds))) for row in clips.itertuples()}
     if cache.get(key) != drawn:
         save(path, pickle.dumps(cache | {key: drawn}))
     return clips.assign(transcript=clips["clip"].map(drawn))
 
 
 def load_whisper(cfg, device):
-    """(module, model) for --whisper-model, a name (downloaded once) or a checkpoint file. Raises UserError."""
+    """(module, model) of --whisper-model, a name (downloaded once) or a checkpoint file. Raises UserError."""
     way_out = "or leave out --no-use-simulated-sentences"
     try:
         import whisper
@@ -560,12 +570,12 @@ def load_whisper(cfg, device):
     try:
         return whisper, whisper.load_model(cfg.whisper_model, device="cuda" if device == "cuda" else "cpu")
     except Exception as error:  # no such name, no network, or a file that is something else
-        raise UserError(f"--whisper-model {cfg.whisper_model} cannot be loaded ({type(error).__name__}): name a "
-                        f"Whisper checkpoint, {way_out}") from error
+        raise UserError(f"--whisper-model {cfg.whisper_model} cannot be loaded ({type(error).__name__}): "
+                        f"name a Whisper checkpoint, {way_out}") from error
 
 
 def transcribe(clips, cfg, device):
-    """Whisper's English transcripts (greedy, first 30 s of a clip), cached batch by batch, keyed by the audio."""
+    """Whisper's English transcripts (greedy, first 30 s), cached batch by batch under keys of the audio."""
     source = Path(cfg.whisper_model)
     path = Path(cfg.output_dir, f"ravdess_transcripts_whisper_{source.stem}.pkl")
     cache = read_cache(path)
@@ -610,7 +620,7 @@ def load_audio(path, rate):
 
 
 def declared_size(path):
-    """The size in bytes that a WAV file's header states, 0 if none; libsndfile passes over a cut without a word."""
+    """The size in bytes that a WAV file's header states, else 0; libsndfile reads cut files silently."""
     with Path(path).open("rb") as file:
         head = file.read(12)
     size = int.from_bytes(head[4:8], "little")
@@ -638,26 +648,26 @@ def load_torchaudio():
         import torchaudio.functional
         return torchaudio.functional
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
-        raise UserError(f"torchaudio does not load beside torch {torch.__version__} ({type(error).__name__}): "
-                        'pip install "torch>=2.6,<2.12" "torchaudio>=2.6,<2.12"') from error
+        raise UserError(f"torchaudio does not load beside torch {torch.__version__} ({type(error).__name__})"
+                        ': pip install "torch>=2.6,<2.12" "torchaudio>=2.6,<2.12"') from error
 
 
 @functools.lru_cache(maxsize=8)
 def mel_filters(rate, n_fft, n_mels, factors):
     """Mel filter banks (F, K * M), one per resampling factor.
 
-    Playing a clip s times as fast moves what is at f Hz to s * f Hz, so a bank that takes the bin of f for s * f
-    hears the faster voice in the same spectrum (Jaitly and Hinton 2013 warp the vocal tract much alike).
+    Playing a clip s times as fast moves what is at f Hz to s * f Hz, so a bank that takes the bin of f for
+    s * f hears the faster voice in the same spectrum (Jaitly and Hinton 2013 warp vocal tracts much alike).
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # slowed voices have empty bands at the top
-        banks = [load_torchaudio().melscale_fbanks(n_fft // 2 + 1, 50.0, rate / 2, n_mels, round(rate * factor))
-                 for factor in factors]
+        make = functools.partial(load_torchaudio().melscale_fbanks, n_fft // 2 + 1, 50.0, rate / 2, n_mels)
+        banks = [make(round(rate * factor)) for factor in factors]
     return torch.cat(banks, dim=1)
 
 
 def log_mel(samples, cfg, factors=(1.0,)):
-    """Natural log of (mel power + 1e-6): float16 array (T, K, M), T frames of HOP_LENGTH, K factors, M bands."""
+    """Natural log of (mel power + 1e-6), float16 (T, K, M): T frames of HOP_LENGTH, K factors, M bands."""
     x = torch.from_numpy(np.ascontiguousarray(samples))
     x = F.pad(x, (cfg.n_fft // 2, cfg.n_fft // 2))
     frames = x.unfold(0, cfg.n_fft, cfg.hop_length) * torch.hann_window(cfg.n_fft)  # (T, N_FFT)
@@ -675,7 +685,7 @@ def prepare_clip(path, cfg):
 
 
 def add_features(clips, audit, cfg):
-    """Add the column `mel`: float16 (T, K, M) views of one memory-mapped cache; unusable clips leave, with reasons.
+    """Add the column `mel`: float16 (T, K, M) views of one memory-mapped cache; unusable clips leave.
 
     The cache is named by a key of the clips' bytes and of the settings that shape the features.
     """
@@ -724,19 +734,19 @@ def load_text_encoder(name):
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, use_fast=True).backend_tokenizer.to_str()
         module, info = transformers.AutoModel.from_pretrained(name, output_loading_info=True)
     except Exception as error:  # the hub's clients raise many kinds
-        reason = "no network or no such model" if not Path(name).is_dir() else "no weights or no tokenizer in it"
-        raise UserError(f"--bert-model {name} cannot be loaded ({reason}; {type(error).__name__}): {advice}") from error
+        reason = "weights or tokenizer missing" if Path(name).is_dir() else "no network or no such model"
+        raise UserError(f"--bert-model {name} cannot be loaded ({reason}): {advice}") from error
     finally:
         transformers.logging.set_verbosity(level)
     missing = [key for key in info["missing_keys"] if "pooler" not in key]
     if missing:  # transformers would fill them with random numbers
-        raise UserError(f"--bert-model {name} lacks the weights of {missing[0]} and {len(missing) - 1} more: {advice}")
+        raise UserError(f"--bert-model {name} lacks the weights of {missing[0]} and others: {advice}")
     return json.loads(module.config.to_json_string(use_diff=False)), tokenizer, module.float()
 
 
 # %% 10. Batches
 class ClipDataset(Dataset):
-    """Labels of clips; a subclass adds what its models read. A list of rows gives one batch, on the device."""
+    """Labels of clips; a subclass adds what its models read. Indexed by a list of rows, it gives a batch."""
 
     def __init__(self, clips, device):
         self.device = device
@@ -754,7 +764,8 @@ class AudioDataset(ClipDataset):
 
     def __init__(self, clips, cfg, device, augment=False, mixup=0.0):
         super().__init__(clips, device)
-        self.mels, self.augment, self.mixup, self.factors = list(clips["mel"]), augment, mixup, torch.tensor(speeds(cfg))
+        self.mels, self.augment, self.mixup = list(clips["mel"]), augment, mixup
+        self.factors = torch.tensor(speeds(cfg))
         self.frames = round(cfg.clip_seconds * cfg.sampling_rate / cfg.hop_length)
         traits = [clips["intensity"] == 2, clips["statement"] == 2, clips["sex"] == "male"]
         self.traits = torch.tensor(np.stack(traits, axis=1), dtype=torch.float32)  # (N, 3)
@@ -775,7 +786,7 @@ class AudioDataset(ClipDataset):
         return torch.from_numpy(np.stack(windows)).to(self.device).float().transpose(1, 2)[:, None]
 
     def random_views(self, rows):
-        """Windows at a random position, speed, stretch (up to 16 %) and warp of the mel axis: (B, 1, M, T)."""
+        """Windows at a random position, speed and stretch, the mel axis warped: (B, 1, M, T)."""
         n, frames = len(rows), self.frames
         copies = torch.randint(len(self.factors), (n,))
         step = self.factors[copies] * torch.exp(spread(n, 0.15))  # frames of the clip per frame of the window
@@ -814,7 +825,8 @@ class FusionDataset(ClipDataset):
 
     def __init__(self, clips, model, cfg, device, augment=False):
         super().__init__(clips, device)
-        self.parts = AudioDataset(clips, cfg, device, augment), TextDataset(clips, model, cfg, device, augment)
+        self.parts = (AudioDataset(clips, cfg, device, augment),
+                      TextDataset(clips, model, cfg, device, augment))
 
     def __getitem__(self, rows):
         return {key: value for part in self.parts for key, value in part[rows].items()}
@@ -839,7 +851,7 @@ def spread(shape, limit, device="cpu"):
 
 
 def disturb(mel):
-    """Another room and microphone (tilt and ripple, up to 3 dB each); two bands and two stretches of time hidden."""
+    """Another room and microphone (tilt and ripple, up to 3 dB each) and SpecAugment's masks."""
     n, (bands, frames), device = len(mel), mel.shape[2:], mel.device
     axis = torch.linspace(-1, 1, bands, device=device)[None]  # (1, M)
     draw = functools.partial(spread, (n, 1), device=device)
@@ -854,7 +866,7 @@ def disturb(mel):
 
 
 def mix(batch, strength):
-    """Mixup (Zhang et al. 2018): every clip gets a random partner, one Beta-distributed weight for the batch."""
+    """Mixup (Zhang et al. 2018): every clip gets a random partner, one Beta-distributed weight a batch."""
     weight = float(torch.distributions.Beta(strength, strength).sample())
     order = torch.randperm(len(batch["label"]), device=batch["label"].device)
     batch["label"] = F.one_hot(batch["label"], len(EMOTIONS)).float()  # (B,) -> (B, C)
@@ -890,14 +902,16 @@ class Encoder(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions beside a shortcut (He et al. 2016), with squeeze-excitation (Hu et al. 2018) if asked."""
+    """Two 3x3 convolutions and a shortcut (He et al. 2016); squeeze-excitation (Hu et al. 2018) if asked."""
 
     def __init__(self, inputs, outputs, stride, squeeze=False):
         super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(),
-            nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False), nn.BatchNorm2d(outputs))
-        self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+        def normed(*shape):
+            return nn.Conv2d(*shape, bias=False), nn.BatchNorm2d(outputs)
+        self.body = nn.Sequential(*normed(inputs, outputs, 3, stride, 1), nn.ReLU(),
+                                  *normed(outputs, outputs, 3, 1, 1))
+        self.shortcut = nn.Sequential(*normed(inputs, outputs, 1, stride))
         self.gate = nn.Sequential(
             nn.AdaptiveAvgPool2d(1), nn.Conv2d(outputs, outputs // 8, 1), nn.ReLU(),
             nn.Conv2d(outputs // 8, outputs, 1), nn.Sigmoid()) if squeeze else None
@@ -909,10 +923,10 @@ class ResidualBlock(nn.Module):
 
 
 class AudioCNN(Encoder):
-    """A 2-D CNN on log-mel windows that keeps four frequency bands apart, a GRU over time, attentive statistics.
+    """A 2-D CNN on log-mel windows, four frequency bands kept apart, a GRU over time, attentive statistics.
 
-    Each window is standardised by itself, so that loudness and microphone say nothing. In training, linear heads
-    also tell intensity, statement and sex; they keep the features from memorising speakers.
+    Each window is standardised by itself, so that loudness says nothing. In training, linear heads also tell
+    intensity, statement and sex; they keep the features from memorising speakers.
     """
 
     inputs = ("mel",)
@@ -921,7 +935,8 @@ class AudioCNN(Encoder):
         super().__init__(classes=classes, dropout=dropout)
         self.convolutions = nn.Sequential(
             nn.Conv2d(1, 32, 5, 2, 2, bias=False), nn.BatchNorm2d(32), nn.ReLU(),
-            ResidualBlock(32, 64, 2), ResidualBlock(64, 128, 2), ResidualBlock(128, 128, (2, 1), squeeze=True))
+            ResidualBlock(32, 64, 2), ResidualBlock(64, 128, 2),
+            ResidualBlock(128, 128, (2, 1), squeeze=True))
         self.project = nn.Sequential(nn.Conv1d(4 * 128, 128, 1, bias=False), nn.BatchNorm1d(128), nn.ReLU())
         self.recurrent = nn.GRU(128, 64, batch_first=True, bidirectional=True)
         self.attention = nn.Sequential(nn.Linear(128, 64), nn.Tanh(), nn.Linear(64, 1))
@@ -931,7 +946,8 @@ class AudioCNN(Encoder):
     def sequence(self, batch):
         """mel (B, 1, M, T) -> steps (B, S, 128), S = T / 8, and their mask (B, S), all true."""
         deviation, mean = torch.std_mean(batch["mel"], dim=(2, 3), keepdim=True)
-        x = self.convolutions((batch["mel"] - mean) / (deviation + 1e-5))  # (B, 1, M, T) -> (B, 128, M / 16, S)
+        x = (batch["mel"] - mean) / (deviation + 1e-5)
+        x = self.convolutions(x)  # (B, 1, M, T) -> (B, 128, M / 16, S)
         x = F.adaptive_avg_pool2d(x, (4, x.shape[3])).flatten(1, 2)  # (B, 4 * 128, S)
         x = self.project(x).transpose(1, 2)  # (B, S, 128)
         return x + self.recurrent(x)[0], torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
@@ -972,16 +988,17 @@ class TextRNN(Encoder):
 
     def tokenize(self, texts):
         """Texts -> {"tokens": (N, L)}, padded with 0 to the longest."""
-        rows = [[self.ids.get(word, 1) for word in words_in(text)][:self.spec["max_tokens"]] for text in texts]
-        return {"tokens": nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)}
+        limit = self.spec["max_tokens"]
+        rows = [torch.tensor([self.ids.get(word, 1) for word in words_in(text)[:limit]]) for text in texts]
+        return {"tokens": nn.utils.rnn.pad_sequence(rows, batch_first=True)}
 
     def sequence(self, batch):
         """tokens (B, L) -> steps (B, L, 128) and the mask of words (B, L); padding is never read."""
         mask = batch["tokens"] != 0
-        embedded = self.dropout(self.embedding(batch["tokens"]))
-        packed = nn.utils.rnn.pack_padded_sequence(embedded, mask.sum(dim=1).cpu(), True, enforce_sorted=False)
-        steps, _ = nn.utils.rnn.pad_packed_sequence(self.recurrent(packed)[0], True, total_length=mask.shape[1])
-        return steps, mask
+        embedded, lengths = self.dropout(self.embedding(batch["tokens"])), mask.sum(dim=1).cpu()
+        packed = nn.utils.rnn.pack_padded_sequence(embedded, lengths, True, enforce_sorted=False)
+        steps, _ = self.recurrent(packed)
+        return nn.utils.rnn.pad_packed_sequence(steps, True, total_length=mask.shape[1])[0], mask
 
     def pool(self, steps, mask):
         """(B, L, 128) -> (B, 256)."""
@@ -995,7 +1012,8 @@ class TextBERT(Encoder):
     inputs = ("input_ids", "attention_mask")
 
     def __init__(self, classes, dropout, config, tokenizer, max_tokens):
-        super().__init__(classes=classes, dropout=dropout, config=config, tokenizer=tokenizer, max_tokens=max_tokens)
+        super().__init__(classes=classes, dropout=dropout, config=config, tokenizer=tokenizer,
+                         max_tokens=max_tokens)
         import tokenizers
         import transformers
         self.tokenizer = tokenizers.Tokenizer.from_str(tokenizer)
@@ -1026,8 +1044,8 @@ class TextBERT(Encoder):
 class EarlyFusion(nn.Module):
     """A classification head on the joined features of frozen, trained unimodal models.
 
-    `parts` maps their short names to their specs. Their features of training clips are memorised, so the head is
-    fitted on features of disturbed sound and words.
+    `parts` maps their short names to their specs. Their features of training clips are memorised, so the head
+    is fitted on features of disturbed sound and words.
     """
 
     def __init__(self, classes, dropout, parts):
@@ -1040,8 +1058,8 @@ class EarlyFusion(nn.Module):
         self.tokenize, self.special_ids, self.hidden_id = text.tokenize, text.special_ids, text.hidden_id
         widths = [encoder.head.in_features for encoder in self.encoders.values()]
         self.norms = nn.ModuleList(nn.LayerNorm(width) for width in widths)
-        self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(sum(widths), 128), nn.ReLU(), nn.Dropout(dropout),
-                                  nn.Linear(128, classes))
+        self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(sum(widths), 128), nn.ReLU(),
+                                  nn.Dropout(dropout), nn.Linear(128, classes))
 
     def train(self, mode=True):
         """Training mode for the head alone: the encoders stay as they were trained."""
@@ -1062,7 +1080,7 @@ class EarlyFusion(nn.Module):
 
 # %% 14. Training, prediction, scores, checkpoints
 class ModelRow(NamedTuple):
-    """A row of every table: class, stem of its files, title, suffix of its constants, the rows it is made of."""
+    """A row of every table: class, stem of its files, title, suffix of its constants, rows it is made of."""
 
     kind: type
     stem: str
@@ -1075,12 +1093,12 @@ MODELS = {
     "cnn": ModelRow(AudioCNN, "AudioCNN", "AudioCNN", "cnn"),
     "rnn": ModelRow(TextRNN, "TextRNN", "TextRNN", "rnn"),
     "bert": ModelRow(TextBERT, "TextBERT", "TextBERT", "bert"),
-    "fusion_rnn": ModelRow(EarlyFusion, "EarlyFusion_RNN", "Early fusion CNN + RNN", "fusion", ("cnn", "rnn")),
-    "fusion_bert": ModelRow(EarlyFusion, "EarlyFusion_BERT", "Early fusion CNN + BERT", "fusion", ("cnn", "bert")),
+    "fusion_rnn": ModelRow(EarlyFusion, "EarlyFusion_RNN", "Early fusion, RNN", "fusion", ("cnn", "rnn")),
+    "fusion_bert": ModelRow(EarlyFusion, "EarlyFusion_BERT", "Early fusion, BERT", "fusion", ("cnn", "bert")),
 }
 ROWS = MODELS | {  # late fusion is arithmetic on saved predictions: no class
-    "late_rnn": ModelRow(None, "LateFusion_RNN", "Late fusion CNN + RNN", "", ("cnn", "rnn")),
-    "late_bert": ModelRow(None, "LateFusion_BERT", "Late fusion CNN + BERT", "", ("cnn", "bert")),
+    "late_rnn": ModelRow(None, "LateFusion_RNN", "Late fusion, RNN", "", ("cnn", "rnn")),
+    "late_bert": ModelRow(None, "LateFusion_BERT", "Late fusion, BERT", "", ("cnn", "bert")),
 }
 FILES = {"checkpoint": "{}_best.pth", "history": "histories/{}.csv", "predictions": "predictions/{}.csv"}
 
@@ -1103,8 +1121,8 @@ def training_precision(device):
     """The lower precision that training on this device gains from, else float32."""
     if device == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    fast = [getattr(torch.cpu, name, bool)() for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported")]
-    return torch.bfloat16 if device == "cpu" and any(fast) else torch.float32
+    has = [getattr(torch.cpu, f"_is_{unit}_supported", bool)() for unit in ("amx_tile", "avx512_bf16")]
+    return torch.bfloat16 if device == "cpu" and any(has) else torch.float32
 
 
 def build_model(name, clips, cfg, device):
@@ -1126,7 +1144,7 @@ def build_model(name, clips, cfg, device):
     model = row.kind(**spec)
     for module, source in weights.items():
         model.get_submodule(module).load_state_dict(source.state_dict())
-    return model.to(device)
+    return model.to(device, memory_format=torch.channels_last)  # faster convolutions
 
 
 class Trainer:
@@ -1144,7 +1162,8 @@ class Trainer:
         self.loss = nn.CrossEntropyLoss(weights, label_smoothing=settings["label_smoothing"])
 
         def move(average, current, count):  # faster at first, so that a short training forgets its start
-            return average + (current - average) * (1 - min(settings["ema_decay"], (1 + count) / (10 + count)))
+            decay = min(settings["ema_decay"], (1 + count) / (10 + count))
+            return average + (current - average) * (1 - decay)
         self.average = AveragedModel(model, avg_fn=move, use_buffers=True)
 
     def step(self, batch):
@@ -1171,7 +1190,7 @@ def class_weights(labels):
 
 
 def fit(model, train, validation, settings, device):
-    """Train for the full schedule; returns the averaged model and the history, a row per epoch. Raises UserError."""
+    """Train for the full schedule; the averaged model and a history row per epoch. Raises UserError."""
     loader = batches_of(train, settings["batch_size"], shuffle=True)
     weights = class_weights(train.labels).to(device) if settings["class_weights"] else None
     trainer = Trainer(model, settings, settings["epochs"] * len(loader), weights, device)
@@ -1189,7 +1208,8 @@ def fit(model, train, validation, settings, device):
                         "validation_loss": float(F.cross_entropy(logits, true)),
                         "validation_accuracy": float((found == true).float().mean()),
                         "validation_uar": recall(true, found), "seconds": time.perf_counter() - start})
-        print("  {:5d} {:11.3f} {:10.1%} {:10.3f} {:10.1%} {:10.1%} {:8.1f}".format(*history[-1].values()), flush=True)
+        print("  {:5d} {:11.3f} {:10.1%} {:10.3f} {:10.1%} {:10.1%} {:8.1f}".format(*history[-1].values()),
+              flush=True)
     return trainer.average.module, pd.DataFrame(history)
 
 
@@ -1209,7 +1229,8 @@ def fit_temperature(logits, labels):
 
 def recall(true, predicted):
     """UAR: the mean of the recalls of the classes that occur in `true`."""
-    return float(metrics.recall_score(true, predicted, labels=np.unique(true), average="macro", zero_division=0))
+    labels = np.unique(true)
+    return float(metrics.recall_score(true, predicted, labels=labels, average="macro", zero_division=0))
 
 
 def calibration_error(probabilities, true, bins=15):
@@ -1220,32 +1241,32 @@ def calibration_error(probabilities, true, bins=15):
 
 
 def score(probabilities, true):
-    """Every figure of every table, from probabilities (N, C) and label indices (N,): a dict of builtins, shares 0 to 1."""
+    """Every figure of every table from probabilities (N, C) and label indices (N,), as a dict of builtins."""
     probabilities = np.clip(probabilities, 1e-7, 1)
     probabilities = probabilities / probabilities.sum(axis=1, keepdims=True)
     found, labels = probabilities.argmax(axis=1), list(range(len(EMOTIONS)))
     options = {"labels": labels, "zero_division": 0}
     report = metrics.classification_report(true, found, target_names=EMOTIONS, output_dict=True, **options)
     return {
-        "clips": len(true), "accuracy": float(metrics.accuracy_score(true, found)), "uar": recall(true, found),
+        "clips": len(true), "accuracy": float((found == true).mean()), "uar": recall(true, found),
         "macro_f1": float(metrics.f1_score(true, found, average="macro", **options)),
         "nll": float(metrics.log_loss(true, probabilities, labels=labels)),
         "ece": calibration_error(probabilities, np.asarray(true)),
-        "per_class": {emotion: {key: float(value) for key, value in report[emotion].items()} for emotion in EMOTIONS},
+        "per_class": {e: {key: float(value) for key, value in report[e].items()} for e in EMOTIONS},
         "confusion": metrics.confusion_matrix(true, found, labels=labels).tolist(),
     }
 
 
 def read_checkpoint(path):
-    """The contents of a checkpoint; its tensors stay on disk until used. Raises UserError when it is not one."""
+    """The contents of a checkpoint, tensors left on disk until used. Raises UserError when it is not one."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if not {"model", "spec", "weights", "classes", "fingerprint", "scores", "epochs"} <= set(checkpoint):
             raise ValueError("not written by this script")
         return checkpoint
     except Exception as error:  # missing, truncated, foreign and hostile files raise many kinds
-        raise UserError(f"{path} is not a usable checkpoint ({type(error).__name__}): train it again with --phase "
-                        "unimodal or fusion, or name another --output-dir") from error
+        raise UserError(f"{path} is not a usable checkpoint ({type(error).__name__}): train it again with "
+                        "--phase all, or name another --output-dir") from error
 
 
 def restore_model(path):
@@ -1257,7 +1278,7 @@ def restore_model(path):
 
 
 def fingerprint(cfg, name, clips=None):
-    """What a checkpoint depends on, as a flat dict of strings: settings, with `clips` the data too; parts included."""
+    """What a checkpoint depends on, as a flat dict: settings, with `clips` the data too, and its parts'."""
     mark = settings_for(cfg, name)
     keys = ["seed", "split", "folds"] + {"cnn": [*FEATURES, "mixup"]}.get(name, ["word_dropout"])
     keys += ["max_tokens", "use_simulated_sentences"] if name in ("rnn", "bert") else []
@@ -1289,7 +1310,7 @@ def out_of_date(cfg, name, clips):
 
 
 def train_model(name, clips, cfg, device):
-    """Train one model; write its history, predictions and checkpoint, keeping the old one as *.previous.pth."""
+    """Train one model; write history, predictions and checkpoint, keeping the old one as *.previous.pth."""
     settings, path = settings_for(cfg, name), file_of(cfg, "checkpoint", name)
     model = build_model(name, clips, cfg, device)
     parts = {split: clips[clips["split"] == split] for split in SPLITS}
@@ -1317,7 +1338,7 @@ def train_model(name, clips, cfg, device):
 
 def predictions_table(clips, probabilities):
     """A row per clip: its split, actor, true and predicted emotion, and a probability per emotion."""
-    table = clips[["split", "clip", "actor", "emotion"]].rename(columns={"emotion": "true"}).reset_index(drop=True)
+    table = clips[["split", "clip", "actor", "emotion"]].rename(columns={"emotion": "true"})
     table[EMOTIONS] = probabilities
     return table.assign(predicted=table[EMOTIONS].idxmax(axis=1))
 
@@ -1358,9 +1379,10 @@ def plot_counts(clips, cfg):
 
 
 def plot_samples(clips, cfg):
-    """One training clip per emotion, by one actor where possible: waveform above, log-mel spectrogram below."""
+    """One training clip per emotion, by one actor if possible: waveform above, log-mel spectrogram below."""
     figure, axes = plt.subplots(4, 4, figsize=(13, 9), layout="constrained", height_ratios=[1, 2, 1, 2])
-    rows = clips[clips["split"] == "train"].sort_values(["actor", "clip"]).drop_duplicates("emotion").set_index("emotion")
+    rows = clips[clips["split"] == "train"].sort_values(["actor", "clip"])
+    rows = rows.drop_duplicates("emotion").set_index("emotion")
     for index, emotion in enumerate(EMOTIONS):
         wave, spectrogram = axes[index // 4 * 2:, index % 4][:2]
         samples = trim_silence(load_audio(rows["path"][emotion], cfg.sampling_rate), cfg)
@@ -1368,7 +1390,8 @@ def plot_samples(clips, cfg):
         wave.plot(np.linspace(0, seconds, len(samples)), samples, linewidth=0.4)
         wave.set(title=f"{emotion} (actor {rows['actor'][emotion]})", xlim=(0, seconds), xticks=[])
         mel = rows["mel"][emotion][:, speeds(cfg).index(1.0)].astype(float).T  # (M, T)
-        spectrogram.imshow(mel, origin="lower", aspect="auto", cmap="magma", extent=(0, seconds, 0, cfg.n_mels))
+        extent = (0, seconds, 0, cfg.n_mels)
+        spectrogram.imshow(mel, origin="lower", aspect="auto", cmap="magma", extent=extent)
         spectrogram.set_xlabel("seconds")
     for axis, label in zip(axes[:, 0], ("amplitude", "mel band") * 2):
         axis.set_ylabel(label)
@@ -1397,13 +1420,14 @@ def plot_confusion(name, row, cfg):
     counts = np.array(row["test"]["confusion"])
     shares = 100 * counts / np.maximum(1, counts.sum(axis=1, keepdims=True))
     figure, axes = plt.subplots(1, 2, figsize=(13, 6), layout="constrained")
-    for axis, values, form, title in zip(axes, (counts, shares), ("d", ".0f"), ("clips", "% of the true emotion")):
+    kinds = ("clips", counts, "d"), ("% of the true emotion", shares, ".0f")
+    for axis, (title, values, form) in zip(axes, kinds):
         sns.heatmap(values, annot=True, fmt=form, cmap="Blues", cbar=False, square=True, ax=axis,
                     xticklabels=EMOTIONS, yticklabels=EMOTIONS)
         axis.set(title=title, xlabel="predicted", ylabel="true")
         axis.tick_params(axis="x", rotation=45)
         axis.tick_params(axis="y", rotation=0)
-    figure.suptitle(f"{row['title']}: test accuracy {row['test']['accuracy']:.1%}, UAR {row['test']['uar']:.1%}")
+    figure.suptitle("{title}: test accuracy {accuracy:.1%}, UAR {uar:.1%}".format(**row["test"], **row))
     save_figure(figure, f"confusion_{ROWS[name].stem}", cfg)
 
 
@@ -1416,7 +1440,7 @@ def plot_comparison(rows, cfg):
     for bars in axis.containers:
         axis.bar_label(bars, fmt="%.1f", fontsize=8, padding=2)
     axis.axvline(100 / len(EMOTIONS), color="firebrick", linestyle="--", label="chance")
-    axis.set(xlim=(0, 108), xlabel="UAR in %", ylabel="", title=f"{len(EMOTIONS)} emotions, told in so many ways")
+    axis.set(xlim=(0, 108), xlabel="UAR in %", ylabel="", title="Eight emotions, told in seven ways")
     axis.legend(title="", loc="upper left", bbox_to_anchor=(1, 1))
     save_figure(figure, "comparison", cfg)
 
@@ -1429,19 +1453,20 @@ def plot_paths(rows, cfg):
 
 
 # %% 16. Report
+DOCX_ADVICE = "pip install python-docx, then --phase report makes it"
 MEANING = (
-    "UAR is the mean of the eight recalls; guessing gives 12.5 %. Nobody who speaks in the test split was heard in "
-    "training, unless this report says that speakers are shared.",
-    "One fold tests five actors, and figures move by ten points and more from one set of actors to the next: compare "
-    "systems over all five folds, never on one.",
-    "Temperatures are fitted on the validation split, so its NLL and ECE flatter a little. The test split is scored by "
-    "the final models and decides nothing.",
-    "Simulated sentences are drawn by label. Rows that read them show how text and fusion work, not how well words tell "
-    "feelings: the two sentences that RAVDESS's actors speak are the same in every emotion.",
-    "RAVDESS holds acted speech of 24 North American speakers. Nothing here measures what a person feels, and nothing "
-    "here is fit for judging people.",
-    "Corpus: Livingstone S. R., Russo F. A. (2018), The Ryerson Audio-Visual Database of Emotional Speech and Song "
-    "(RAVDESS), PLoS ONE 13(5): e0196391, licence CC BY-NC-SA 4.0.",
+    "UAR is the mean of the eight recalls; guessing gives 12.5 %. Nobody who speaks in the test split was "
+    "heard in training, unless this report says that speakers are shared.",
+    "One fold tests five actors, and figures move by ten points and more from one set of actors to the next: "
+    "compare systems over all five folds, never on one.",
+    "Temperatures are fitted on the validation split, so its NLL and ECE flatter a little. The test split is "
+    "scored by the final models and decides nothing.",
+    "Simulated sentences are drawn by label. Rows that read them show how text and fusion work, not how well "
+    "words tell feelings: the two sentences that RAVDESS's actors speak are the same in every emotion.",
+    "RAVDESS holds acted speech of 24 North American speakers. Nothing here measures what a person feels, "
+    "and nothing here is fit for judging people.",
+    "Corpus: Livingstone S. R., Russo F. A. (2018), The Ryerson Audio-Visual Database of Emotional Speech "
+    "and Song (RAVDESS), PLoS ONE 13(5): e0196391, licence CC BY-NC-SA 4.0.",
 )
 
 
@@ -1453,8 +1478,8 @@ def result_table(rows):
         if ran:
             line |= {f"{split} acc": f"{row[split]['accuracy']:.1%}" for split in SPLITS}
             line |= {f"{split} UAR": f"{row[split]['uar']:.1%}" for split in SPLITS[1:]}
-            test = row["test"]
-            line |= {"test F1": f"{test['macro_f1']:.1%}", "test NLL": f"{test['nll']:.3f}", "test ECE": f"{test['ece']:.3f}"}
+            line |= {"test F1": f"{row['test']['macro_f1']:.1%}"}
+            line |= {f"test {key.upper()}": f"{row['test'][key]:.3f}" for key in ("nll", "ece")}
         lines.append(line | {"note": "" if ran else row["status"]})
     return pd.DataFrame(lines).fillna("-").rename(columns=lambda name: name.replace("validation", "val"))
 
@@ -1465,7 +1490,7 @@ def add_table(document, table):
     grid = document.add_table(0, len(table.columns), "Light Grid Accent 1")
     for values in [table.columns, *table.itertuples(index=False)]:
         for cell, value in zip(grid.add_row().cells, values):
-            text = re.sub(r"[^\t\n\x20-\ud7ff\ue000-\ufffd]", "?", str(value))  # XML has no control characters
+            text = re.sub(r"[^\t\n\x20-\ud7ff\ue000-\ufffd]", "?", str(value))  # what XML admits
             cell.paragraphs[0].add_run(text).font.size = Pt(8)
 
 
@@ -1490,20 +1515,21 @@ def write_report(figures, audit, config, cfg):
         for content in tables:
             add_table(document, content)
     section("Summary", [
-        *(f"{ran[name]['title']}: {ran[name]['test']['uar']:.1%} UAR, {ran[name]['test']['accuracy']:.1%} accuracy on "
-          f"{ran[name]['test']['clips']} test clips" + (" (best row on validation)." if name == best else ".")
+        *("{title}: {uar:.1%} UAR, {accuracy:.1%} accuracy on {clips} test clips{note}.".format(
+            note=" (best row on validation)" if name == best else "", **ran[name]["test"], **ran[name])
           for name in shown), *(f"Mind: {mark}." for mark in figures["marks"])])
     section("Data and split", describe_audit(audit))
-    section("Training and validation accuracy", tables=[table[["model", "train acc", "val acc", "val UAR", "note"]]])
+    fitted = ["train acc", "val acc", "val UAR"]
+    section("Training and validation accuracy", tables=[table[["model", *fitted, "note"]]])
     section("Test results", [f"Text encoder of the BERT rows: {config['settings']['bert_model']}."],
-            [table.drop(columns=["train acc", "val acc", "val UAR"])])
+            [table.drop(columns=fitted)])
     groups = [{"model": row["title"]} | {group: f"{uar:.1%}" for group, uar in row["groups"]["test"].items()}
               for row in ran.values()]
     section("Test UAR by intensity and sex", tables=[pd.DataFrame(groups)])
     for name in shown:
-        section(f"{ran[name]['title']}: test results by emotion", tables=[
-            pd.DataFrame(ran[name]["test"]["per_class"]).T.round(3).rename_axis("emotion").reset_index()])
-        section(f"{ran[name]['title']}: the most confident mistakes", tables=[pd.DataFrame(ran[name]["mistakes"])])
+        by_emotion = pd.DataFrame(ran[name]["test"]["per_class"]).T.round(3)
+        section(f"{ran[name]['title']}: test results by emotion, and the most confident mistakes", tables=[
+            by_emotion.rename_axis("emotion").reset_index(), pd.DataFrame(ran[name]["mistakes"])])
     section("Plots")
     for path in plot_paths(rows, cfg):
         document.add_picture(str(path), width=Cm(17))
@@ -1516,11 +1542,12 @@ def write_report(figures, audit, config, cfg):
 
 # %% 17. The demo
 DEMO_VOICES = {  # pitch and its range in semitones, syllables a second, level in dB, roughness, brightness
-    "neutral": (0, 1, 4.0, -6, 0.00, 1.0), "calm": (-3, 1, 2.8, -12, 0.00, 0.6), "happy": (5, 6, 5.0, -2, 0.02, 1.6),
-    "sad": (-2, 2, 2.6, -14, 0.05, 0.5), "angry": (4, 3, 5.2, 0, 0.35, 2.2), "fearful": (8, 3, 6.2, -6, 0.20, 1.2),
+    "neutral": (0, 1, 4.0, -6, 0.00, 1.0), "calm": (-3, 1, 2.8, -12, 0.00, 0.6),
+    "happy": (5, 6, 5.0, -2, 0.02, 1.6), "sad": (-2, 2, 2.6, -14, 0.05, 0.5),
+    "angry": (4, 3, 5.2, 0, 0.35, 2.2), "fearful": (8, 3, 6.2, -6, 0.20, 1.2),
     "disgust": (-4, 4, 3.2, -5, 0.30, 1.0), "surprised": (9, 9, 4.2, -3, 0.02, 1.6),
 }
-VOWELS = np.array([[700, 1200, 2500], [400, 2000, 2600], [500, 900, 2400], [300, 2300, 3000]])  # formants in Hz
+VOWELS = np.array([[700, 1200, 2500], [400, 2000, 2600], [500, 900, 2400], [300, 2300, 3000]])  # in Hz
 
 
 def synthesize(emotion, actor, rng, rate):
@@ -1540,7 +1567,8 @@ def synthesize(emotion, actor, rng, rate):
     wave = np.zeros_like(t)
     for harmonic in range(1, 25):
         distance = (harmonic * f0[:, None] - formants) / 180
-        wave += np.sin(harmonic * phase) * (0.03 + np.exp(-distance**2 / 2).sum(axis=1)) * harmonic ** (-1.2 / bright)
+        strength = (0.03 + np.exp(-distance**2 / 2).sum(axis=1)) * harmonic ** (-1.2 / bright)
+        wave += np.sin(harmonic * phase) * strength
     wave += rough * rng.normal(size=len(t)) * np.abs(wave)
     wave *= np.sin(np.pi * (t * tempo % 1)) ** 0.7
     wave = np.pad(wave / np.abs(wave).max() * 10 ** (level / 20), rate // 5)
@@ -1548,19 +1576,19 @@ def synthesize(emotion, actor, rng, rate):
 
 
 def write_demo_corpus(folder, actors=range(1, 25), statements=(1, 2), rate=16000):
-    """Write the missing ones of the synthetic clips, one per actor, emotion and statement, under RAVDESS names."""
+    """Write synthetic clips under RAVDESS names, one per actor, emotion and statement, if missing."""
     def write(name):
-        path, emotion, actor = Path(folder, f"Actor_{name[-2:]}", f"{name}.wav"), int(name[6:8]), int(name[-2:])
+        path, emotion = Path(folder, f"Actor_{name[-2:]}", f"{name}.wav"), EMOTIONS[int(name[6:8]) - 1]
         if not path.exists():
             rng = np.random.default_rng(int(name.replace("-", "")))
             with replacing(path) as temporary:
-                soundfile.write(temporary, synthesize(EMOTIONS[emotion - 1], actor, rng, rate), rate, "PCM_16")
+                soundfile.write(temporary, synthesize(emotion, int(name[-2:]), rng, rate), rate, "PCM_16")
     in_parallel(write, [f"03-01-{emotion:02}-01-{statement:02}-01-{actor:02}" for actor in actors
                         for emotion in range(1, 9) for statement in statements], "Synthetic clips")
 
 
 def write_demo_encoder(folder):
-    """Write a small, untrained DistilBERT that knows the words of the sentence bank, in the usual folder layout."""
+    """Write a small, untrained DistilBERT that knows the words of the sentence bank, in the usual layout."""
     import tokenizers
     import transformers
     if Path(folder, "model.safetensors").exists():
@@ -1600,7 +1628,8 @@ def data_phase(cfg, device):
     encoder.classes_ = np.array(EMOTIONS)  # fit() would sort them
     save(folder / "label_encoder.pkl", pickle.dumps(encoder))
     key = digest(table.to_csv(), {name: getattr(cfg, name) for name in FEATURES}, marks(cfg))
-    reuse("data plots", key, plot_paths({}, cfg), cfg, lambda: (plot_counts(clips, cfg), plot_samples(clips, cfg)))
+    reuse("data plots", key, plot_paths({}, cfg), cfg,
+          lambda: (plot_counts(clips, cfg), plot_samples(clips, cfg)))
     return clips
 
 
@@ -1620,11 +1649,11 @@ def check_needs(cfg, names):
     if "bert" in names and differences(read_if_usable(path).get("fingerprint", {}), fingerprint(cfg, "bert")):
         load_text_encoder(cfg.bert_model)
     if importlib.util.find_spec("docx") is None:
-        print("The .docx will be left out: pip install python-docx, then --phase report makes it")
+        print(f"The .docx will be left out: {DOCX_ADVICE}")
     save(folder / "cache" / "writable.key", b"")
     free, need = shutil.disk_usage(folder).free / 1e9, 0.1 if cfg.demo else 2.0
     if free < need:
-        raise UserError(f"{folder} has {free:.1f} GB left, this needs {need}: make room or name another --output-dir")
+        raise UserError(f"{folder} has {free:.1f} GB left of the {need} needed: name another --output-dir")
 
 
 def read_if_usable(path):
@@ -1648,16 +1677,16 @@ def epoch_seconds(name, clips, cfg, device):
 
 
 def plan_training(clips, names, cfg, device):
-    """Say what will run, for how long, and what is reused; the names to train. Raises UserError if a part is lacking."""
+    """Say what will run, for how long, what is reused; returns the names to train. Raises UserError."""
     reasons = {name: out_of_date(cfg, name, clips) for name in MODELS}
     for name in names:
         for part in MODELS[name].parts:
             if part not in names and reasons[part]:
-                raise UserError(f"{MODELS[name].title} needs {file_of(cfg, 'checkpoint', part)} ({reasons[part]}): "
-                                f"add {part} to --run-models")
+                raise UserError(f"{MODELS[name].title} needs {file_of(cfg, 'checkpoint', part)} "
+                                f"({reasons[part]}): add {part} to --run-models")
     todo, seconds = [name for name in names if reasons[name]], {}
     precision, total = str(training_precision(device)).removeprefix("torch."), 0.0
-    print(f"\nPlan: on {device} in {precision}, {torch.get_num_threads()} threads, results into {cfg.output_dir}")
+    print(f"\nPlan: {device} in {precision}, {torch.get_num_threads()} threads, results in {cfg.output_dir}")
     for name in names:
         old, epochs = read_if_usable(file_of(cfg, "checkpoint", name)), settings_for(cfg, name)["epochs"]
         before = f"{old['epochs']} epochs, validation UAR {old['scores']['uar']:.1%}" if old else ""
@@ -1688,12 +1717,12 @@ def score_row(name, clips, cfg):
     table = read_back(file_of(cfg, "predictions", name), pd.read_csv)
     table = table.merge(clips[["clip", "intensity", "sex"]], on="clip")
     table["intensity"] = table["intensity"].map({1: "normal intensity", 2: "strong intensity"})
-    row = {"title": ROWS[name].title, "status": "run", "groups": {}}
+    row = {"status": "run", "groups": {}}
     for split in SPLITS:
         part = table[table["split"] == split]
         row[split] = score(part[EMOTIONS].to_numpy(), part["true"].map(EMOTIONS.index).to_numpy())
-        row["groups"][split] = {group: recall(rows["true"], rows["predicted"]) for column in ("intensity", "sex")
-                                for group, rows in part.groupby(column)}
+        row["groups"][split] = {group: recall(rows["true"], rows["predicted"])
+                                for column in ("intensity", "sex") for group, rows in part.groupby(column)}
     wrong = part[part["true"] != part["predicted"]].assign(confidence=part[EMOTIONS].max(axis=1).round(3))
     columns = ["clip", "actor", "true", "predicted", "confidence"]
     return row | {"mistakes": wrong.nlargest(10, "confidence")[columns].to_dict("records")}
@@ -1711,11 +1740,11 @@ def evaluate_phase(clips, cfg):
             reason = reason and f"{reason} did not run"
         if name not in MODELS and not reason:
             save(file_of(cfg, "predictions", name), combine_late(name, cfg))
-        rows[name] = {"title": row.title, "status": f"not run: {reason}"} if reason else score_row(name, clips, cfg)
-        if name != "cnn" and cfg.use_simulated_sentences:
-            rows[name]["title"] += " (oracle text)"
-    flags = [f"--{'no-' if value is False else ''}{key.replace('_', '-')}" + ("" if type(value) is bool else f" {value}")
-             for key, value in settings_of(cfg).items() if key in cfg.given and (key, cfg.demo) != ("output_dir", True)]
+        rows[name] = {"status": f"not run: {reason}"} if reason else score_row(name, clips, cfg)
+        oracle = name != "cnn" and cfg.use_simulated_sentences
+        rows[name]["title"] = row.title + " (oracle text)" * oracle
+    flags = [flag_of(key, value) for key, value in settings_of(cfg).items()
+             if key in cfg.given and not (key == "output_dir" and cfg.demo)]
     folder = Path(cfg.output_dir)
     save(folder / "metrics.json", {"marks": marks(cfg), "classes": EMOTIONS, "rows": rows})
     save(folder / "config.json", {"command": " ".join(["python emotion_recognition.py", *flags]),
@@ -1724,7 +1753,7 @@ def evaluate_phase(clips, cfg):
 
 
 def report_settings(cfg):
-    """The settings of the finished run in OUTPUT_DIR; a UserError where a flag or a checkpoint contradicts them."""
+    """The settings of the finished run in OUTPUT_DIR. Raises UserError if a flag contradicts them."""
     saved = read_back(Path(cfg.output_dir, "config.json"))["settings"]
     asked = {key: getattr(cfg, key) for key in {"phase", "output_dir", *cfg.given}}
     cfg = SimpleNamespace(**(settings_of(cfg) | saved | asked), given=cfg.given)
@@ -1733,7 +1762,8 @@ def report_settings(cfg):
             path = file_of(cfg, "checkpoint", name)
             changed = differences(read_checkpoint(path)["fingerprint"], fingerprint(cfg, name))
             if changed:
-                raise UserError(f"{path} was made otherwise ({changed}): leave out that flag, or train with --phase all")
+                raise UserError(f"{path} was made otherwise ({changed}): leave that flag out or "
+                                "train with --phase all")
     return cfg
 
 
@@ -1744,7 +1774,7 @@ def report_phase(cfg):
     rows, document = figures["rows"], folder / "emotion_recognition_report.docx"
     with_docx = importlib.util.find_spec("docx") is not None
     if all(row["status"] != "run" for row in rows.values()):
-        raise UserError(f"no model in {folder} is trained: run --phase all first or name another --output-dir")
+        raise UserError(f"no model in {folder} is trained: run --phase all or name another --output-dir")
 
     def make():
         plot_curves(rows, cfg)
@@ -1756,7 +1786,7 @@ def report_phase(cfg):
             write_report(figures, audit, config, cfg)
     key = digest(figures, audit, config["settings"], with_docx)
     reuse("report", key, plot_paths(rows, cfg) + [document] * with_docx, cfg, make)
-    print(f"Report: {document}" if with_docx else "The .docx is left out: pip install python-docx, then --phase report")
+    print(f"Report: {document}" if with_docx else f"{document} is left out: {DOCX_ADVICE}")
 
 
 def main(argv=None):
