@@ -699,7 +699,8 @@ def add_features(clips, audit, cfg):
         if not usable:
             raise UserError(f"no clip in {audit['folder']} can be used ({prepared[0]}): see --ravdess-path")
         for old in folder.glob("log_mel_*"):
-            old.unlink()
+            with contextlib.suppress(OSError):  # Windows keeps what is still mapped
+                old.unlink()
         with replacing(data) as temporary:
             np.save(temporary, np.concatenate(usable))
         save(index, [mel if isinstance(mel, str) else len(mel) for mel in prepared])
@@ -1481,7 +1482,8 @@ def result_table(rows):
             line |= {"test F1": f"{row['test']['macro_f1']:.1%}"}
             line |= {f"test {key.upper()}": f"{row['test'][key]:.3f}" for key in ("nll", "ece")}
         lines.append(line | {"note": "" if ran else row["status"]})
-    return pd.DataFrame(lines).fillna("-").rename(columns=lambda name: name.replace("validation", "val"))
+    table = pd.DataFrame(lines).fillna("-").rename(columns=lambda name: name.replace("validation", "val"))
+    return table if table["note"].any() else table.drop(columns="note")
 
 
 def add_table(document, table):
@@ -1492,6 +1494,7 @@ def add_table(document, table):
         for cell, value in zip(grid.add_row().cells, values):
             text = re.sub(r"[^\t\n\x20-\ud7ff\ue000-\ufffd]", "?", str(value))  # what XML admits
             cell.paragraphs[0].add_run(text).font.size = Pt(8)
+    document.add_paragraph()  # tables that touch become one
 
 
 def write_report(figures, audit, config, cfg):
@@ -1520,7 +1523,8 @@ def write_report(figures, audit, config, cfg):
           for name in shown), *(f"Mind: {mark}." for mark in figures["marks"])])
     section("Data and split", describe_audit(audit))
     fitted = ["train acc", "val acc", "val UAR"]
-    section("Training and validation accuracy", tables=[table[["model", *fitted, "note"]]])
+    tested = [column for column in table if column.startswith("test")]
+    section("Training and validation accuracy", tables=[table.drop(columns=tested)])
     section("Test results", [f"Text encoder of the BERT rows: {config['settings']['bert_model']}."],
             [table.drop(columns=fitted)])
     groups = [{"model": row["title"]} | {group: f"{uar:.1%}" for group, uar in row["groups"]["test"].items()}
