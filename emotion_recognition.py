@@ -1045,8 +1045,8 @@ class TextBERT(Encoder):
 class EarlyFusion(nn.Module):
     """A classification head on the joined features of frozen, trained unimodal models.
 
-    `parts` maps their short names to their specs. Their features of training clips are memorised, so the head
-    is fitted on features of disturbed sound and words.
+    `parts` maps short names to specs. Features of training clips are memorised, so the head is fitted on
+    disturbed sound and words, and every other clip loses one of the two: it must learn to use either.
     """
 
     def __init__(self, classes, dropout, parts):
@@ -1072,6 +1072,9 @@ class EarlyFusion(nn.Module):
         """Logits (B, C)."""
         with torch.no_grad():
             features = [encoder.features(batch) for encoder in self.encoders.values()]
+        if self.training:
+            chance = torch.rand(len(features[0]), 1, device=features[0].device)
+            features = [part * kept for part, kept in zip(features, (chance > 0.25, chance < 0.75))]
         return self.head(torch.cat([norm(part) for norm, part in zip(self.norms, features)], dim=1))
 
     def auxiliary_loss(self, batch):
