@@ -88,7 +88,7 @@ SPEEDS = "0.84,0.89,0.94,1,1.06,1.12,1.19"  # voices heard in training, as resam
 EPOCHS_CNN = 72                  # passes over the training split, AudioCNN
 EPOCHS_RNN = 20                  # the same, TextRNN
 EPOCHS_BERT = 4                  # the same, TextBERT
-EPOCHS_FUSION = 8                # the same, early fusion
+EPOCHS_FUSION = 5                # the same, early fusion
 BATCH_SIZE = 32                  # clips in a batch
 LEARNING_RATE = 2e-3             # peak of the one-cycle schedule
 LEARNING_RATE_BERT = 1e-4        # the same, TextBERT
@@ -876,7 +876,7 @@ def mix(batch, strength):
 
 # %% 11. AudioCNN
 class Encoder(nn.Module):
-    """What the three unimodal models share: a sequence, pooled to features, classified by a linear head.
+    """What all models share: features, classified by a head; the unimodal ones pool them from a sequence.
 
     A subclass names the batch keys it reads in `inputs`, has a `head`, and defines `sequence(batch)` and
     `pool(sequence, mask)`. `spec` holds the constructor's arguments as builtins, for the checkpoint.
@@ -1042,7 +1042,7 @@ class TextBERT(Encoder):
 
 
 # %% 13. Fusion
-class EarlyFusion(nn.Module):
+class EarlyFusion(Encoder):
     """A classification head on the joined features of frozen, trained unimodal models.
 
     `parts` maps short names to specs. Features of training clips are memorised, so the head is fitted on
@@ -1050,8 +1050,7 @@ class EarlyFusion(nn.Module):
     """
 
     def __init__(self, classes, dropout, parts):
-        super().__init__()
-        self.spec = {"classes": classes, "dropout": dropout, "parts": parts}
+        super().__init__(classes=classes, dropout=dropout, parts=parts)
         self.encoders = nn.ModuleDict({name: MODELS[name].kind(**spec) for name, spec in parts.items()})
         self.encoders.requires_grad_(False)
         self.inputs = tuple(key for encoder in self.encoders.values() for key in encoder.inputs)
@@ -1059,8 +1058,8 @@ class EarlyFusion(nn.Module):
         self.tokenize, self.special_ids, self.hidden_id = text.tokenize, text.special_ids, text.hidden_id
         widths = [encoder.head.in_features for encoder in self.encoders.values()]
         self.norms = nn.ModuleList(nn.LayerNorm(width) for width in widths)
-        self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(sum(widths), 128), nn.ReLU(),
-                                  nn.Dropout(dropout), nn.Linear(128, classes))
+        self.head = nn.Sequential(nn.Linear(sum(widths), 128), nn.ReLU(), nn.Dropout(dropout),
+                                  nn.Linear(128, classes))
 
     def train(self, mode=True):
         """Training mode for the head alone: the encoders stay as they were trained."""
@@ -1068,18 +1067,14 @@ class EarlyFusion(nn.Module):
         self.encoders.eval()
         return self
 
-    def forward(self, batch):
-        """Logits (B, C)."""
+    def features(self, batch):
+        """The features of all parts, normalised and joined: (B, D)."""
         with torch.no_grad():
             features = [encoder.features(batch) for encoder in self.encoders.values()]
         if self.training:
             chance = torch.rand(len(features[0]), 1, device=features[0].device)
             features = [part * kept for part, kept in zip(features, (chance > 0.25, chance < 0.75))]
-        return self.head(torch.cat([norm(part) for norm, part in zip(self.norms, features)], dim=1))
-
-    def auxiliary_loss(self, batch):
-        """Nothing else to minimise."""
-        return 0.0
+        return torch.cat([norm(part) for norm, part in zip(self.norms, features)], dim=1)
 
 
 # %% 14. Training, prediction, scores, checkpoints
