@@ -109,6 +109,7 @@ CHOICES = {
     "split": ("speaker", "random"),
     "folds": ("0", "1", "2", "3", "4"),
 }
+LEAST = {"seed": 0, "max_tokens": 4, "sampling_rate": 4000, "n_fft": 64}  # of the others: 1
 DEMO_SETTINGS = {"epochs_cnn": 8, "epochs_bert": 12, "epochs_fusion": 4, "learning_rate_bert": 2e-3}
 TRAINING = ("epochs", "batch_size", "learning_rate", "weight_decay", "dropout", "label_smoothing",
             "ema_decay", "class_weights")
@@ -172,13 +173,13 @@ def check_settings(cfg):
     """Raise a UserError that names the first setting whose type or value cannot be."""
     for name, kind in SETTINGS.items():
         key, value, flag = name.lower(), getattr(cfg, name.lower()), flag_of(name)
-        least, share = int(key != "seed"), key.endswith(("dropout", "smoothing", "ema_decay"))
+        least, share = LEAST.get(key, 1), key.endswith(("dropout", "smoothing", "ema_decay"))
         if not (type(value) is kind or (kind is float and type(value) is int)):
             raise UserError(f"{flag} {value!r} is not of type {kind.__name__}")
         if key in CHOICES and value not in CHOICES[key]:
             raise UserError(f"{flag} {value!r} is none of {', '.join(CHOICES[key])}")
-        if kind is int and value < least:
-            raise UserError(f"{flag} {value} is too small: give a whole number from {least} on")
+        if kind is int and not least <= value < 2**31:
+            raise UserError(f"{flag} {value} is not a whole number from {least} to {2**31 - 1}")
         if kind is float and not 0 <= value < (1 if share else math.inf):
             raise UserError(f"{flag} {value} is not a number from 0 on{' and below 1' if share else ''}")
     names = names_in(cfg.run_models)
@@ -1018,7 +1019,7 @@ class TextBERT(Encoder):
         import tokenizers
         import transformers
         self.tokenizer = tokenizers.Tokenizer.from_str(tokenizer)
-        self.tokenizer.enable_truncation(max_tokens)
+        self.tokenizer.enable_truncation(min(max_tokens, config["max_position_embeddings"]))
         self.tokenizer.enable_padding()
         self.special_ids = [self.tokenizer.token_to_id(token) for token in ("[PAD]", "[CLS]", "[SEP]")]
         self.hidden_id = self.tokenizer.token_to_id("[MASK]")
@@ -1797,7 +1798,11 @@ def main(argv=None):
     if not in_kernel():
         plt.switch_backend("agg")
     if cfg.phase == "report":
-        return report_phase(report_settings(cfg))
+        try:
+            return report_phase(report_settings(cfg))
+        except (KeyError, TypeError) as error:
+            raise UserError(f"the JSON files in {cfg.output_dir} are not of this script ({error}): make them "
+                            "with --phase all, or name another --output-dir") from error
     device, names = pick_device(cfg), models_to_run(cfg)
     if cfg.demo:
         write_demo_corpus(cfg.ravdess_path)
@@ -1816,8 +1821,9 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except (UserError, KeyboardInterrupt) as stop:
+    except (UserError, OSError, KeyboardInterrupt) as stop:
         if in_kernel():
             raise
-        print(f"error: {stop}" if str(stop) else "stopped; what is finished is kept", file=sys.stderr)
-        sys.exit(2 if isinstance(stop, UserError) else 130)
+        message = f"error: {stop}" if str(stop) else "stopped; what is finished is kept"
+        print(message, file=sys.stderr)
+        sys.exit(130 if isinstance(stop, KeyboardInterrupt) else 2)
