@@ -1803,8 +1803,8 @@ def main(argv=None):
         try:
             return report_phase(report_settings(cfg))
         except (KeyError, TypeError) as error:
-            raise UserError(f"the JSON files in {cfg.output_dir} are not of this script ({error}): make them "
-                            "with --phase all, or name another --output-dir") from error
+            raise UserError(f"metrics.json or config.json in {cfg.output_dir} is foreign: make it again with "
+                            "--phase all, or name another --output-dir") from error
     device, names = pick_device(cfg), models_to_run(cfg)
     if cfg.demo:
         write_demo_corpus(cfg.ravdess_path)
