@@ -32,15 +32,15 @@ import pickle
 import platform
 import random
 import re
+import shlex
 import shutil
 import sys
 import time
 import warnings
-from collections import Counter
+from collections import Counter, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -98,7 +98,6 @@ WORD_DROPOUT = 0.3               # share of words hidden in training
 LABEL_SMOOTHING = 0.1            # share of the target spread over all emotions
 MIXUP = 0.3                      # both parameters of the Beta distribution, 0 for none
 EMA_DECAY = 0.99                 # moving average of the weights, per step
-CLASS_WEIGHTS = False            # weight the loss by rarity
 # fmt: on
 
 SETTINGS = {name: type(value) for name, value in list(globals().items())
@@ -109,10 +108,12 @@ CHOICES = {
     "split": ("speaker", "random"),
     "folds": ("0", "1", "2", "3", "4"),
 }
+REALS = ("trim_db", "clip_seconds", "learning_rate", "weight_decay", "mixup")  # numbers with a fraction
+SHARES = ("dropout", "word_dropout", "label_smoothing", "ema_decay")  # the same, below 1
 LEAST = {"seed": 0, "max_tokens": 4, "sampling_rate": 4000, "n_fft": 64}  # of the others: 1
 DEMO_SETTINGS = {"epochs_cnn": 8, "epochs_bert": 12, "epochs_fusion": 4, "learning_rate_bert": 2e-3}
 TRAINING = ("epochs", "batch_size", "learning_rate", "weight_decay", "dropout", "label_smoothing",
-            "ema_decay", "class_weights")
+            "ema_decay")
 FEATURES = ("sampling_rate", "trim_db", "clip_seconds", "n_mels", "n_fft", "hop_length", "speeds")
 EMOTIONS = ["neutral", "calm", "happy", "sad", "angry", "fearful", "disgust", "surprised"]  # in code order
 
@@ -141,7 +142,7 @@ def make_parser():
     source = Path(__file__).read_text(encoding="utf-8") if "__file__" in globals() else ""
     texts = dict(re.findall(r"^([A-Z_]+) = .+?  # (.+)$", source, re.MULTILINE))
     for name, kind in SETTINGS.items():
-        flag, text = flag_of(name), f"{texts.get(name, '')} (default: {globals()[name]})"
+        flag, text = flag_of(name), f"{texts.get(name, '')} (default: {globals()[name]})".replace("%", "%%")
         if kind is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
         else:
@@ -173,11 +174,12 @@ def check_settings(cfg):
     """Raise a UserError that names the first setting whose type or value cannot be."""
     for name, kind in SETTINGS.items():
         key, value, flag = name.lower(), getattr(cfg, name.lower()), flag_of(name)
-        least, share = LEAST.get(key, 1), key.endswith(("dropout", "smoothing", "ema_decay"))
+        least, share = LEAST.get(key, 1), key.startswith(SHARES)
+        kind = float if key.startswith((*SHARES, *REALS)) else kind  # an edited constant may say 0 for 0.0
         if not (type(value) is kind or (kind is float and type(value) is int)):
             raise UserError(f"{flag} {value!r} is not of type {kind.__name__}")
         if key in CHOICES and value not in CHOICES[key]:
-            raise UserError(f"{flag} {value!r} is none of {', '.join(CHOICES[key])}")
+            raise UserError(f"{flag} {value!r} is none of {', '.join(map(repr, CHOICES[key]))}")
         if kind is int and not least <= value < 2**31:
             raise UserError(f"{flag} {value} is not a whole number from {least} to {2**31 - 1}")
         if kind is float and not 0 <= value < (1 if share else math.inf):
@@ -196,7 +198,7 @@ def check_settings(cfg):
 def flag_of(name, value=True):
     """A setting as it stands on the command line: --epochs-cnn 5, --no-demo."""
     flag = f"--{'no-' if value is False else ''}{name.lower().replace('_', '-')}"
-    return flag if type(value) is bool else f"{flag} {value}"
+    return flag if type(value) is bool else f"{flag} {shlex.quote(str(value))}"
 
 
 def names_in(text):
@@ -338,9 +340,21 @@ def index_clips(folder):
     if not found:
         raise UserError(f"{folder} holds no RAVDESS speech clip that can be used: see --ravdess-path")
     clips = pd.DataFrame(found.values()).sort_values("clip", ignore_index=True)
-    clips["digest"] = in_parallel(lambda path: digest(Path(path).read_bytes()), clips["path"], "Reading")
+    clips["digest"] = in_parallel(file_digest, clips["path"], "Reading")
+    audit["left_out"].update(dict.fromkeys(clips["path"][clips["digest"] == ""], "not readable"))
+    clips = clips[clips["digest"] != ""].reset_index(drop=True)
+    if clips.empty:
+        raise UserError(f"no clip in {folder} can be read: see --ravdess-path")
     same = clips[clips.duplicated("digest", keep=False)].groupby("digest")["clip"]
     return clips, audit | {"files": dict(counts), "same_bytes": [list(names) for _, names in same]}
+
+
+def file_digest(path):
+    """A key of a file's content, "" when it cannot be read."""
+    try:
+        return digest(Path(path).read_bytes())
+    except OSError:
+        return ""
 
 
 def complete_audit(clips, audit):
@@ -358,14 +372,14 @@ def complete_audit(clips, audit):
 
 def describe_audit(audit):
     """The audit as a list of sentences."""
-    files, per_actor = Counter(audit["files"]), sorted(Counter(audit["per_actor"].values()).items())
+    files = Counter(audit["files"])
     return [
         f"{files.total()} audio and video files in {audit['folder']}: {audit['clips']} speech clips of "
         f"{len(audit['per_actor'])} actors are used; passed over: {audit['twins']} second copies, "
         f"{files['song']} song, {files['video']} video, {files['other']} other files, "
         f"{len(audit['left_out'])} unusable clips.",
         "Clips per emotion: " + ", ".join(f"{e} {n}" for e, n in audit["per_emotion"].items()) + ".",
-        "Clips per actor: " + ", ".join(f"{n} actors with {count}" for count, n in per_actor) + ".",
+        "Clips per actor: " + ", ".join(f"{actor}: {n}" for actor, n in audit["per_actor"].items()) + ".",
         f"Missing from the 24 x 60 clips of RAVDESS: {len(audit['missing'])}"
         + (f", the first {audit['missing'][0]}." if audit["missing"] else "."),
         *(f"Same bytes under two names, both kept: {' = '.join(names)}." for names in audit["same_bytes"]),
@@ -575,10 +589,15 @@ def load_whisper(cfg, device):
                         f"name a Whisper checkpoint, {way_out}") from error
 
 
+def whisper_cache(cfg):
+    """Where Whisper's transcripts are kept."""
+    name = Path(cfg.whisper_model).name.removesuffix(".pt")
+    return Path(cfg.output_dir, f"ravdess_transcripts_whisper_{name}.pkl")
+
+
 def transcribe(clips, cfg, device):
     """Whisper's English transcripts (greedy, first 30 s), cached batch by batch under keys of the audio."""
-    source = Path(cfg.whisper_model)
-    path = Path(cfg.output_dir, f"ravdess_transcripts_whisper_{source.stem}.pkl")
+    source, path = Path(cfg.whisper_model), whisper_cache(cfg)
     cache = read_cache(path)
     texts = cache.setdefault(digest(source.read_bytes()) if source.is_file() else cfg.whisper_model, {})
     todo = clips[~clips["digest"].isin(texts)].drop_duplicates("digest")
@@ -611,13 +630,14 @@ def load_audio(path, rate):
     except (soundfile.LibsndfileError, OSError) as error:
         raise AudioError(f"not readable as audio ({str(error).split(': ')[-1].strip()})") from error
     samples = samples.mean(axis=1) if samples.shape[1] > 1 else samples[:, 0]  # (n, channels) -> (n,)
+    samples = soxr.resample(samples, own_rate, rate) if own_rate != rate and len(samples) else samples
+    peak = np.abs(samples).max(initial=0)  # NaN where a sample is
     reasons = {"no samples in it": not len(samples), "cut off: less data than its header says": cut,
-               "NaN or infinite samples": not np.isfinite(samples).all(),
-               "silent": len(samples) and np.abs(samples).max() < 1e-4}
+               "NaN, infinite or huge samples": not peak < 1e6, "silent": peak < 1e-4}
     for reason, holds in reasons.items():
         if holds:
             raise AudioError(reason)
-    return soxr.resample(samples, own_rate, rate) if own_rate != rate else samples
+    return samples
 
 
 def declared_size(path):
@@ -728,11 +748,14 @@ def build_vocabulary(texts):
 @functools.lru_cache(maxsize=2)
 def load_text_encoder(name):
     """A pretrained DistilBERT-like encoder: (configuration, tokenizer JSON, module). Raises UserError."""
-    import transformers
     advice = "name a folder with --bert-model FOLDER, or go without: --run-models cnn,rnn,fusion_rnn"
+    try:
+        import transformers
+    except Exception as error:  # also when it was made for another torch
+        raise UserError(f"transformers cannot be imported ({type(error).__name__}): pip install transformers "
+                        "or go without: --run-models cnn,rnn,fusion_rnn") from error
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, use_fast=True).backend_tokenizer.to_str()
         module, info = transformers.AutoModel.from_pretrained(name, output_loading_info=True)
@@ -741,6 +764,8 @@ def load_text_encoder(name):
         raise UserError(f"--bert-model {name} cannot be loaded ({reason}): {advice}") from error
     finally:
         transformers.logging.set_verbosity(level)
+    if not {"[PAD]", "[CLS]", "[SEP]", "[MASK]"} <= set(json.loads(tokenizer)["model"]["vocab"]):
+        raise UserError(f"--bert-model {name} is not of BERT's family, it has other special tokens: {advice}")
     missing = [key for key in info["missing_keys"] if "pooler" not in key]
     if missing:  # transformers would fill them with random numbers
         raise UserError(f"--bert-model {name} lacks the weights of {missing[0]} and others: {advice}")
@@ -802,7 +827,7 @@ class AudioDataset(ClipDataset):
         theta[:, 0, 2] = theta[:, 0, 0] + 2 * (starts - starts.floor()) / (source - 1) - 1
         theta[:, 1, 1], theta[:, 1, 2] = torch.exp(spread(n, 0.08)), spread(n, 0.06)
         grid = F.affine_grid(theta, [n, 1, mel.shape[2], frames], align_corners=True).to(self.device)
-        return F.grid_sample(mel, grid, padding_mode="border", align_corners=True)
+        return F.grid_sample(mel, grid.clamp(-1, 1), align_corners=True)  # MPS lacks padding_mode="border"
 
 
 class TextDataset(ClipDataset):
@@ -1080,16 +1105,8 @@ class EarlyFusion(Encoder):
 
 
 # %% 14. Training, prediction, scores, checkpoints
-class ModelRow(NamedTuple):
-    """A row of every table: class, stem of its files, title, suffix of its constants, rows it is made of."""
-
-    kind: type
-    stem: str
-    title: str
-    suffix: str
-    parts: tuple = ()
-
-
+# A row of every table: class, stem of its files, title, suffix of its constants, the rows it is made of.
+ModelRow = namedtuple("ModelRow", "kind stem title suffix parts", defaults=[()])
 MODELS = {
     "cnn": ModelRow(AudioCNN, "AudioCNN", "AudioCNN", "cnn"),
     "rnn": ModelRow(TextRNN, "TextRNN", "TextRNN", "rnn"),
@@ -1151,7 +1168,7 @@ def build_model(name, clips, cfg, device):
 class Trainer:
     """Takes one optimiser step after another; `average`, the moving average of the weights, is the result."""
 
-    def __init__(self, model, settings, steps, weights, device):
+    def __init__(self, model, settings, steps, device):
         self.model, self.device, self.precision = model, device, training_precision(device)
         trained = [p for p in model.parameters() if p.requires_grad]
         groups = [{"params": [p for p in trained if p.ndim > 1]},
@@ -1160,7 +1177,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(groups, lr=rate, weight_decay=settings["weight_decay"])
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, rate, steps, pct_start=0.15)
         self.scaler = torch.amp.GradScaler(device, enabled=self.precision == torch.float16)
-        self.loss = nn.CrossEntropyLoss(weights, label_smoothing=settings["label_smoothing"])
+        self.loss = nn.CrossEntropyLoss(label_smoothing=settings["label_smoothing"])
 
         def move(average, current, count):  # faster at first, so that a short training forgets its start
             decay = min(settings["ema_decay"], (1 + count) / (10 + count))
@@ -1184,17 +1201,10 @@ class Trainer:
         return float(loss.detach()), float((logits.argmax(dim=1) == label).float().mean())
 
 
-def class_weights(labels):
-    """Weights (C,) by rarity, 1 on average over the clips."""
-    counts = torch.bincount(labels, minlength=len(EMOTIONS)).clamp(min=1)
-    return counts.sum() / (counts * len(EMOTIONS))
-
-
 def fit(model, train, validation, settings, device):
     """Train for the full schedule; the averaged model and a history row per epoch. Raises UserError."""
     loader = batches_of(train, settings["batch_size"], shuffle=True)
-    weights = class_weights(train.labels).to(device) if settings["class_weights"] else None
-    trainer = Trainer(model, settings, settings["epochs"] * len(loader), weights, device)
+    trainer = Trainer(model, settings, settings["epochs"] * len(loader), device)
     history = []
     print("  epoch  train loss  train acc   val loss    val acc    val UAR  seconds")
     for epoch in range(1, settings["epochs"] + 1):
@@ -1250,7 +1260,7 @@ def score(probabilities, true):
     report = metrics.classification_report(true, found, target_names=EMOTIONS, output_dict=True, **options)
     return {
         "clips": len(true), "accuracy": float((found == true).mean()), "uar": recall(true, found),
-        "macro_f1": float(metrics.f1_score(true, found, average="macro", **options)),
+        "macro_f1": float(report["macro avg"]["f1-score"]),
         "nll": float(metrics.log_loss(true, probabilities, labels=labels)),
         "ece": calibration_error(probabilities, np.asarray(true)),
         "per_class": {e: {key: float(value) for key, value in report[e].items()} for e in EMOTIONS},
@@ -1289,9 +1299,16 @@ def fingerprint(cfg, name, clips=None):
         mark |= {f"{part} {key}": value for key, value in fingerprint(cfg, part, clips).items()}
     if clips is not None and not MODELS[name].parts:
         columns = ["clip", "digest", "emotion", "split"] + (["transcript"] if name != "cnn" else [])
-        files = sorted(Path(cfg.bert_model).glob("*.safetensors")) if name == "bert" else []
-        mark["data"] = digest(clips[columns].to_csv(index=False), *(digest(f.read_bytes()) for f in files))
+        mark["data"] = digest(clips[columns].to_csv(index=False))
+        if name == "bert" and Path(cfg.bert_model).is_dir():
+            mark["encoder"] = folder_digest(cfg.bert_model)
     return mark
+
+
+@functools.lru_cache(maxsize=2)
+def folder_digest(folder):
+    """A key of the content of all files in a folder."""
+    return digest(*(path.read_bytes() for path in sorted(Path(folder).iterdir()) if path.is_file()))
 
 
 def differences(old, new):
@@ -1325,10 +1342,10 @@ def train_model(name, clips, cfg, device):
     temperature = fit_temperature(logits["validation"], fixed["validation"].labels)
     probabilities = {split: (values / temperature).softmax(dim=1).numpy() for split, values in logits.items()}
     table = pd.concat([predictions_table(parts[split], probabilities[split]) for split in SPLITS])
-    save(file_of(cfg, "history", name), history)
-    save(file_of(cfg, "predictions", name), table.assign(marks="; ".join(marks(cfg))))
-    if path.exists():
+    if path.exists():  # first, so that no checkpoint ever stands beside the files of another
         path.replace(path.with_suffix(".previous.pth"))
+    for kind, content in (("history", history), ("predictions", table)):
+        save(file_of(cfg, kind, name), content.assign(marks="; ".join(marks(cfg))))
     with replacing(path) as temporary:
         torch.save({
             "model": name, "spec": model.spec, "weights": model.state_dict(), "classes": EMOTIONS,
@@ -1357,10 +1374,15 @@ def versions():
 
 
 # %% 15. Plots
+def plot_path(name, cfg):
+    """Where a plot lies."""
+    return Path(cfg.output_dir, "plots", f"{name}.png")
+
+
 def save_figure(figure, name, cfg):
     """Save a figure with its marks below, show it in a notebook, close it."""
     figure.supxlabel("; ".join(marks(cfg)), fontsize=8, color="firebrick")
-    path = Path(cfg.output_dir, "plots", f"{name}.png")
+    path = plot_path(name, cfg)
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=120)
     if in_kernel():
@@ -1451,11 +1473,11 @@ def plot_paths(rows, cfg):
     """The plots of a finished run, in the order of the report; those of the data first."""
     names = ["class_counts", "samples", *(["training_curves", "comparison"] if rows else [])]
     names += [f"confusion_{ROWS[name].stem}" for name in rows if rows[name]["status"] == "run"]
-    return [Path(cfg.output_dir, "plots", f"{name}.png") for name in names]
+    return [plot_path(name, cfg) for name in names]
 
 
 # %% 16. Report
-DOCX_ADVICE = "pip install python-docx, then --phase report makes it"
+docx_advice = "pip install python-docx, then --phase report makes it"
 MEANING = (
     "UAR is the mean of the eight recalls; guessing gives 12.5 %. Nobody who speaks in the test split was "
     "heard in training, unless this report says that speakers are shared.",
@@ -1628,7 +1650,7 @@ def data_phase(corpus, cfg, device):
     audit, folder, table = complete_audit(clips, audit), Path(cfg.output_dir), clips.drop(columns="mel")
     print("\n".join(describe_audit(audit)))
     save(folder / "clips.csv", table.assign(marks="; ".join(marks(cfg))))
-    save(folder / "audit.json", audit)
+    save(folder / "audit.json", audit | {"marks": marks(cfg)})
     encoder = LabelEncoder()
     encoder.classes_ = np.array(EMOTIONS)  # fit() would sort them
     save(folder / "label_encoder.pkl", pickle.dumps(encoder))
@@ -1647,14 +1669,16 @@ def models_to_run(cfg):
     return [name for name in MODELS if name in asked and phases.get(cfg.phase, bool)(name)]
 
 
-def check_needs(cfg, names):
-    """Find now what would stop the run after an hour: packages, text encoder, disk. Raises UserError."""
+def check_needs(cfg, names, device):
+    """Find now what would stop the run after an hour: packages, encoder, Whisper, disk. Raises UserError."""
     load_torchaudio()
     folder, path = Path(cfg.output_dir), file_of(cfg, "checkpoint", "bert")
     if "bert" in names and differences(read_if_usable(path).get("fingerprint", {}), fingerprint(cfg, "bert")):
         load_text_encoder(cfg.bert_model)
+    if not cfg.use_simulated_sentences and not whisper_cache(cfg).exists():
+        load_whisper(cfg, device)
     if importlib.util.find_spec("docx") is None:
-        print(f"The .docx will be left out: {DOCX_ADVICE}")
+        print(f"The .docx will be left out: {docx_advice}")
     save(folder / "cache" / "writable.key", b"")
     free, need = shutil.disk_usage(folder).free / 1e9, 0.1 if cfg.demo else 2.0
     if free < need:
@@ -1669,11 +1693,12 @@ def read_if_usable(path):
         return {}
 
 
-def epoch_seconds(name, clips, cfg, device):
+def epoch_seconds(name, clips, cfg, device, trained):
     """About how long an epoch of a unimodal model takes, from three training steps."""
-    model, settings = build_model(name, clips, cfg, device).train(), settings_for(cfg, name)
+    settings, path = settings_for(cfg, name), file_of(cfg, "checkpoint", name)
+    model = (restore_model(path).to(device) if trained else build_model(name, clips, cfg, device)).train()
     train = make_dataset(model, clips[clips["split"] == "train"], cfg, device, augment=True)
-    trainer, rows, times = Trainer(model, settings, 10, None, device), list(range(len(train))), []
+    trainer, rows, times = Trainer(model, settings, 10, device), list(range(len(train))), []
     for _ in range(3):
         start = time.perf_counter()
         trainer.step(train[rows[:settings["batch_size"]]])
@@ -1699,7 +1724,7 @@ def plan_training(clips, names, cfg, device):
             print(f"  {MODELS[name].title:24} reused ({before})")
             continue
         for part in MODELS[name].parts or [name]:
-            seconds[part] = seconds.get(part) or epoch_seconds(part, clips, cfg, device)
+            seconds[part] = seconds.get(part) or epoch_seconds(part, clips, cfg, device, part not in todo)
         share = 0.4 if MODELS[name].parts else 1.0  # a head needs no backward pass of its parts
         minutes = epochs * share * sum(seconds[part] for part in MODELS[name].parts or [name]) / 60
         total += minutes
@@ -1746,14 +1771,18 @@ def evaluate_phase(clips, cfg):
         if name not in MODELS and not reason:
             save(file_of(cfg, "predictions", name), combine_late(name, cfg))
         rows[name] = {"status": f"not run: {reason}"} if reason else score_row(name, clips, cfg)
+        if reason:  # nothing of an earlier run may pass for this one's
+            plot_path(f"confusion_{row.stem}", cfg).unlink(missing_ok=True)
         oracle = name != "cnn" and cfg.use_simulated_sentences
         rows[name]["title"] = row.title + " (oracle text)" * oracle
     flags = [flag_of(key, value) for key, value in settings_of(cfg).items()
              if key in cfg.given and not (key == "output_dir" and cfg.demo)]
     folder = Path(cfg.output_dir)
-    save(folder / "metrics.json", {"marks": marks(cfg), "classes": EMOTIONS, "rows": rows})
-    save(folder / "config.json", {"command": " ".join(["python emotion_recognition.py", *flags]),
-                                  "settings": settings_of(cfg), "versions": versions()})
+    save(folder / "metrics.json", {"marks": marks(cfg), "classes": EMOTIONS, "rows": rows,
+                                   "audit": digest(read_back(folder / "audit.json"))})
+    command = " ".join(["python emotion_recognition.py", *flags])
+    save(folder / "config.json", {"command": command, "marks": marks(cfg), "settings": settings_of(cfg),
+                                  "versions": versions()})
     print("\n" + "; ".join(marks(cfg)) + "\n" + result_table(rows).to_string(index=False))
 
 
@@ -1778,6 +1807,8 @@ def report_phase(cfg):
     figures, audit, config = (read_back(folder / f"{name}.json") for name in ("metrics", "audit", "config"))
     rows, document = figures["rows"], folder / "emotion_recognition_report.docx"
     with_docx = importlib.util.find_spec("docx") is not None
+    if figures["audit"] != digest(audit):
+        raise UserError(f"{folder / 'audit.json'} is of a later run than metrics.json: use --phase all")
     if all(row["status"] != "run" for row in rows.values()):
         raise UserError(f"no model in {folder} is trained: run --phase all or name another --output-dir")
 
@@ -1791,7 +1822,7 @@ def report_phase(cfg):
             write_report(figures, audit, config, cfg)
     key = digest(figures, audit, config["settings"], with_docx)
     reuse("report", key, plot_paths(rows, cfg) + [document] * with_docx, cfg, make)
-    print(f"Report: {document}" if with_docx else f"{document} is left out: {DOCX_ADVICE}")
+    print(f"Report: {document}" if with_docx else f"{document} is left out: {docx_advice}")
 
 
 def main(argv=None):
@@ -1799,20 +1830,23 @@ def main(argv=None):
     cfg = parse_settings(argv)
     if not in_kernel():
         plt.switch_backend("agg")
+        sys.stdout.reconfigure(errors="replace")  # consoles that know few letters
     if cfg.phase == "report":
         try:
             return report_phase(report_settings(cfg))
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"metrics.json or config.json in {cfg.output_dir} is foreign: make it again with "
                             "--phase all, or name another --output-dir") from error
     device, names = pick_device(cfg), models_to_run(cfg)
+    if not names:
+        raise UserError(f"--run-models {cfg.run_models} leaves --phase {cfg.phase} nothing to do")
     if cfg.demo:
         write_demo_corpus(cfg.ravdess_path)
         if "bert_model" not in cfg.given:
             write_demo_encoder(cfg.bert_model)
     corpus = find_corpus(cfg)
     if cfg.phase != "data":
-        check_needs(cfg, names)
+        check_needs(cfg, names, device)
     clips = data_phase(corpus, cfg, device)
     if cfg.phase != "data":
         for name in plan_training(clips, names, cfg, device):
@@ -1827,7 +1861,6 @@ if __name__ == "__main__":
         main()
     except (UserError, OSError, KeyboardInterrupt) as stop:
         if in_kernel():
-            raise
-        message = f"error: {stop}" if str(stop) else "stopped; what is finished is kept"
-        print(message, file=sys.stderr)
+            raise UserError(stop) from None
+        print(f"error: {stop}" if str(stop) else "stopped; what is finished is kept", file=sys.stderr)
         sys.exit(130 if isinstance(stop, KeyboardInterrupt) else 2)

@@ -459,7 +459,7 @@ class TestModel:
         cfg, clips = SimpleNamespace(**vars(demo[0]) | {"dropout": 0.0}), demo[1][:16]
         model = er.build_model(name, demo[1], cfg, "cpu").train()
         training = er.settings_for(cfg, name) | {"learning_rate": 4e-3, "label_smoothing": 0.0}
-        trainer, batch = er.Trainer(model, training, 40, None, "cpu"), batch_of(model, clips, cfg)
+        trainer, batch = er.Trainer(model, training, 40, "cpu"), batch_of(model, clips, cfg)
         losses = [trainer.step(dict(batch))[0] for _ in range(40)]
         logits = model.eval()(batch)  # early fusion drops parts in training
         assert torch.equal(logits.argmax(dim=1), batch["label"])
@@ -480,8 +480,8 @@ class TestModel:
     def test_checkpoint_is_self_contained_and_strict(self, name, demo):
         cfg, clips = SimpleNamespace(**vars(demo[0]) | {"bert_model": ENCODER.as_posix()}), demo[1]
         checkpoint = torch.load(er.file_of(cfg, "checkpoint", name), weights_only=True)
-        expected = {"classes": er.EMOTIONS, "model": name, "epochs": 1,
-                    "fingerprint": er.fingerprint(cfg, name, clips)}
+        expected = {"classes": er.EMOTIONS, "model": name, "epochs": 1}
+        assert not er.differences(checkpoint["fingerprint"], er.fingerprint(cfg, name, clips))
         assert {key: checkpoint[key] for key in expected} == expected and checkpoint["spec"]["classes"] == 8
         assert checkpoint["config"]["seed"] == 42 and checkpoint["versions"]["torch"] == torch.__version__
         assert 0 <= checkpoint["scores"]["uar"] <= 1 and "synthetic" in str(checkpoint["marks"])
@@ -823,8 +823,8 @@ BROKEN = {  # what is wrong with a clip: (how it is made so, what the reason say
     "text": (lambda path: path.write_text("no sound"), "not readable"),
     "no samples": (lambda path: written(path, speech()[:0]), "no samples"),
     "silence": (lambda path: written(path, 0 * speech()), "silent"),
-    "NaN": (lambda path: written(path, with_sample(np.nan), subtype="FLOAT"), "NaN or infinite"),
-    "infinite": (lambda path: written(path, with_sample(np.inf), subtype="FLOAT"), "NaN or infinite"),
+    "NaN": (lambda path: written(path, with_sample(np.nan), subtype="FLOAT"), "NaN, infinite"),
+    "infinite": (lambda path: written(path, with_sample(np.inf), subtype="FLOAT"), "NaN, infinite"),
     "wrong code": (lambda path: path.rename(path.with_name("03-01-09-01-02-01-03.wav")), "none of RAVDESS's"),
 }
 
@@ -1007,7 +1007,7 @@ def test_features_take_a_fifth_of_the_time_of_librosa():
 def test_training_keeps_up_with_a_plain_loop(demo):
     cfg, clips = demo[0], pd.concat([demo[1]] * 4, ignore_index=True)
     model, plain = (er.build_model("cnn", clips, cfg, "cpu").train() for _ in range(2))
-    trainer = er.Trainer(model, er.settings_for(cfg, "cnn"), 1000, None, "cpu")
+    trainer = er.Trainer(model, er.settings_for(cfg, "cnn"), 1000, "cpu")
     dataset = er.make_dataset(model, clips, cfg, "cpu", augment=True)
     loader = er.batches_of(dataset, cfg.batch_size, shuffle=True)
     optimizer = torch.optim.AdamW(plain.parameters())
