@@ -395,6 +395,14 @@ def test_help_is_the_trailing_comment_of_each_constant(monkeypatch):
         assert f"{comment} (default: {value})" in text, name
 
 
+def test_readme_lists_the_flags_and_no_others():
+    text = (SCRIPT.parent / "README.md").read_text(encoding="utf-8")
+    for name, (value, comment) in constants_of_the_source().items():
+        assert f"| `{flag(name)}` | `{value}` | {comment} |" in text, name
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) - {"--help", "--to"}
+    assert named <= {option for action in er.make_parser()._actions for option in action.option_strings}
+
+
 @pytest.mark.parametrize("name", [n for n in er.SETTINGS if n not in ("DEMO", "RUN_MODELS", "SPEEDS")])
 def test_every_flag_sets_its_setting(name):
     default = getattr(er, name)
