@@ -111,7 +111,7 @@ CHOICES = {
 REALS = ("trim_db", "clip_seconds", "learning_rate", "weight_decay", "mixup")  # numbers with a fraction
 SHARES = ("dropout", "word_dropout", "label_smoothing", "ema_decay")  # the same, below 1
 LEAST = {"seed": 0, "max_tokens": 4, "sampling_rate": 4000, "n_fft": 64}  # of the others: 1
-DEMO_SETTINGS = {"epochs_cnn": 8, "epochs_bert": 12, "epochs_fusion": 4, "learning_rate_bert": 2e-3}
+DEMO_SETTINGS = {"epochs_cnn": 8, "epochs_fusion": 4, "learning_rate_bert": 2e-3}
 TRAINING = ("epochs", "batch_size", "learning_rate", "weight_decay", "dropout", "label_smoothing",
             "ema_decay")
 FEATURES = ("sampling_rate", "trim_db", "clip_seconds", "n_mels", "n_fft", "hop_length", "speeds")
