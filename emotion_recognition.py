@@ -25,6 +25,7 @@ import functools
 import hashlib
 import importlib.util
 import io
+import itertools
 import json
 import math
 import os
@@ -36,7 +37,6 @@ import shlex
 import shutil
 import sys
 import time
-import warnings
 from collections import Counter, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -68,9 +68,11 @@ RUN_MODELS = "cnn,rnn,bert,fusion_rnn,fusion_bert"  # models to train, comma-sep
 DEMO = False                     # a small synthetic corpus instead, results in OUTPUT_DIR/demo
 DEVICE = "auto"                  # where to compute; auto takes the fastest that is there
 SEED = 42                        # seed of initialisation, order, augmentation and sentences
+RUNS = 1                         # trainings of every fold, with SEED, SEED + 1, ...
 # Splits
 SPLIT = "speaker"                # speaker: no actor in two splits; random: by clip (optimistic)
-FOLDS = "0"                      # which fifth of the actors is the test split, 0 to 4
+FOLDS = "0"                      # which fifth of the actors is tested; 0,1,2,3,4: cross-validation
+TEST_VIEWS = 1                   # up to 5: AudioCNN also scored as the mean of so many views of a clip
 # Words
 USE_SIMULATED_SENTENCES = True   # sentences drawn by label (an oracle); no: Whisper transcripts
 WHISPER_MODEL = "base"           # Whisper checkpoint, a name or a file
@@ -83,7 +85,6 @@ CLIP_SECONDS = 2.56              # length of the window that the network sees
 N_MELS = 64                      # mel bands, 50 Hz to half the sampling rate
 N_FFT = 1024                     # samples in an FFT window
 HOP_LENGTH = 256                 # samples between two frames
-SPEEDS = "0.84,0.89,0.94,1,1.06,1.12,1.19"  # voices heard in training, as resampling factors
 # Training; a constant NAME_CNN, NAME_RNN, NAME_BERT or NAME_FUSION goes before NAME
 EPOCHS_CNN = 72                  # passes over the training split, AudioCNN
 EPOCHS_RNN = 20                  # the same, TextRNN
@@ -106,7 +107,7 @@ CHOICES = {
     "phase": ("all", "data", "unimodal", "fusion", "report"),
     "device": ("auto", "cuda", "mps", "cpu"),
     "split": ("speaker", "random"),
-    "folds": ("0", "1", "2", "3", "4"),
+    "test_views": (1, 2, 3, 4, 5),
 }
 REALS = ("trim_db", "clip_seconds", "learning_rate", "weight_decay", "mixup")  # numbers with a fraction
 SHARES = ("dropout", "word_dropout", "label_smoothing", "ema_decay")  # the same, below 1
@@ -114,7 +115,7 @@ LEAST = {"seed": 0, "max_tokens": 4, "sampling_rate": 4000, "n_fft": 64}  # of t
 DEMO_SETTINGS = {"epochs_cnn": 8, "epochs_fusion": 4, "learning_rate_bert": 2e-3}
 TRAINING = ("epochs", "batch_size", "learning_rate", "weight_decay", "dropout", "label_smoothing",
             "ema_decay")
-FEATURES = ("sampling_rate", "trim_db", "clip_seconds", "n_mels", "n_fft", "hop_length", "speeds")
+FEATURES = ("sampling_rate", "trim_db", "clip_seconds", "n_mels", "n_fft", "hop_length")
 EMOTIONS = ["neutral", "calm", "happy", "sad", "angry", "fearful", "disgust", "surprised"]  # in code order
 
 
@@ -166,8 +167,21 @@ def parse_settings(argv=None):
         values.update(ravdess_path="archive/demo/corpus", bert_model="archive/demo/distilbert")
         given["output_dir"] = str(Path(given.get("output_dir", values["output_dir"]), "demo"))
     cfg = SimpleNamespace(**(values | given), given=sorted(given))
+    cfg.cache_dir = cfg.output_dir  # shared by the runs of a cross-validation
     check_settings(cfg)
     return cfg
+
+
+def runs_of(cfg):
+    """The settings of each run: `cfg` itself for one fold and seed, else a copy with its folder for each."""
+    folds = names_in(cfg.folds)
+    if len(folds) * cfg.runs == 1:
+        return [cfg]
+    given = sorted({*cfg.given, "folds", "seed", "output_dir"} - {"runs"})
+    return [SimpleNamespace(**vars(cfg) | {
+        "folds": fold, "seed": seed, "runs": 1, "given": given,
+        "output_dir": str(Path(cfg.output_dir, f"fold_{fold}_seed_{seed}"))})
+        for seed in range(cfg.seed, cfg.seed + cfg.runs) for fold in folds]
 
 
 def check_settings(cfg):
@@ -187,10 +201,11 @@ def check_settings(cfg):
     names = names_in(cfg.run_models)
     if not names or not set(names) <= set(MODELS):
         raise UserError(f"--run-models {cfg.run_models!r} is not a list of names out of {', '.join(MODELS)}")
-    try:
-        speeds(cfg)
-    except ValueError:
-        raise UserError(f"--speeds {cfg.speeds!r} is not a list of numbers from 0.5 to 2") from None
+    folds = names_in(cfg.folds)
+    if not folds or len(set(folds)) < len(folds) or not set(folds) <= set("01234"):
+        raise UserError(f"--folds {cfg.folds!r} is not a list of different folds out of 0,1,2,3,4")
+    if cfg.split == "random" and len(folds) * cfg.runs > 1:
+        raise UserError("--split random has no folds: leave out --folds and --runs, or --split random")
     if cfg.clip_seconds * cfg.sampling_rate < 16 * cfg.hop_length:
         raise UserError(f"--clip-seconds {cfg.clip_seconds} is shorter than 16 frames of --hop-length")
 
@@ -262,12 +277,15 @@ def read_back(path, read=lambda path: json.loads(path.read_text(encoding="utf-8"
 
 def in_parallel(function, items, title):
     """[function(item), ...] by a pool of threads, with a progress bar; safe in notebooks and on Windows."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    items, threads, results = list(items), torch.get_num_threads(), []
+    chunks = [items[start:start + 16] for start in range(0, len(items), 16)]
     try:
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            results = pool.map(function, items)
-            return list(tqdm(results, title, len(items), leave=False, disable=len(items) < 500))
+        with (ThreadPoolExecutor(os.cpu_count(), initializer=torch.set_num_threads, initargs=(1,)) as pool,
+              tqdm(desc=title, total=len(items), leave=False, disable=len(items) < 500) as bar):
+            for chunk in pool.map(lambda chunk: [function(item) for item in chunk], chunks):
+                results += chunk
+                bar.update(len(chunk))
+        return results
     finally:
         torch.set_num_threads(threads)
 
@@ -340,21 +358,25 @@ def index_clips(folder):
     if not found:
         raise UserError(f"{folder} holds no RAVDESS speech clip that can be used: see --ravdess-path")
     clips = pd.DataFrame(found.values()).sort_values("clip", ignore_index=True)
-    clips["digest"] = in_parallel(file_digest, clips["path"], "Reading")
-    audit["left_out"].update(dict.fromkeys(clips["path"][clips["digest"] == ""], "not readable"))
-    clips = clips[clips["digest"] != ""].reset_index(drop=True)
+    clips["digest"], reasons = zip(*in_parallel(inspect_file, clips["path"], "Reading"))
+    audit["left_out"].update((path, reason) for path, reason in zip(clips["path"], reasons) if reason)
+    clips = clips[[not reason for reason in reasons]].reset_index(drop=True)
     if clips.empty:
         raise UserError(f"no clip in {folder} can be read: see --ravdess-path")
     same = clips[clips.duplicated("digest", keep=False)].groupby("digest")["clip"]
     return clips, audit | {"files": dict(counts), "same_bytes": [list(names) for _, names in same]}
 
 
-def file_digest(path):
-    """A key of a file's content, "" when it cannot be read."""
+def inspect_file(path):
+    """(a key of a file's content, why it cannot be used); one of them is empty."""
     try:
-        return digest(Path(path).read_bytes())
+        content = Path(path).read_bytes()
     except OSError:
-        return ""
+        return "", "not readable"
+    declared = int.from_bytes(content[4:8], "little")  # libsndfile reads a WAV file that was cut off silently
+    if content[:4] == b"RIFF" and len(content) - 8 < declared < 2**32 - 64:
+        return "", "cut off: less data than its header says"
+    return digest(content), ""
 
 
 def complete_audit(clips, audit):
@@ -566,7 +588,7 @@ def add_transcripts(clips, cfg, device):
     """Add the column `transcript`, simulated or by Whisper; both leave a cache in OUTPUT_DIR."""
     if not cfg.use_simulated_sentences:
         return clips.assign(transcript=transcribe(clips, cfg, device))
-    bank, path = sentence_bank(), Path(cfg.output_dir, "ravdess_transcripts_simulated.pkl")
+    bank, path = sentence_bank(), Path(cfg.cache_dir, "ravdess_transcripts_simulated.pkl")
     cache, key = read_cache(path), f"{cfg.split} fold {cfg.folds} seed {cfg.seed} bank {digest(bank)}"
     drawn = {row.clip: random.Random(f"{cfg.seed}/{row.clip}").choice(
              sentences_of(bank[row.emotion], row.split, int(cfg.folds))) for row in clips.itertuples()}
@@ -592,7 +614,7 @@ def load_whisper(cfg, device):
 def whisper_cache(cfg):
     """Where Whisper's transcripts are kept."""
     name = Path(cfg.whisper_model).name.removesuffix(".pt")
-    return Path(cfg.output_dir, f"ravdess_transcripts_whisper_{name}.pkl")
+    return Path(cfg.cache_dir, f"ravdess_transcripts_whisper_{name}.pkl")
 
 
 def transcribe(clips, cfg, device):
@@ -621,46 +643,40 @@ class AudioError(ValueError):
     """Why a recording cannot be used."""
 
 
-def load_audio(path, rate):
-    """A recording as mono float32 samples (n,) at `rate` Hz. Raises AudioError with why it cannot be used."""
+def load_audio(path, rate, trim_db=math.inf):
+    """A recording as mono float32 samples (n,) at `rate` Hz, silence at both ends cut off.
+
+    Raises AudioError with why it cannot be used.
+    """
     try:
         with soundfile.SoundFile(path) as file:
-            samples, own_rate = file.read(dtype="float32", always_2d=True), file.samplerate
-            cut = len(samples) < file.frames or declared_size(path) > Path(path).stat().st_size
+            plain = file.subtype == "PCM_16"  # libsndfile would take long to make floats of it
+            samples = file.read(dtype="int16" if plain else "float32", always_2d=True)
+            own_rate, cut = file.samplerate, len(samples) < file.frames
     except (soundfile.LibsndfileError, OSError) as error:
         raise AudioError(f"not readable as audio ({str(error).split(': ')[-1].strip()})") from error
-    samples = samples.mean(axis=1) if samples.shape[1] > 1 else samples[:, 0]  # (n, channels) -> (n,)
-    samples = soxr.resample(samples, own_rate, rate) if own_rate != rate and len(samples) else samples
-    peak = np.abs(samples).max(initial=0)  # NaN where a sample is
-    reasons = {"no samples in it": not len(samples), "cut off: less data than its header says": cut,
-               "NaN, infinite or huge samples": not peak < 1e6, "silent": peak < 1e-4}
+    samples = samples.mean(axis=1, dtype=np.float32) if samples.shape[1] > 1 else samples[:, 0]
+    scale, peak = 1 / 32768 if plain else 1.0, peak_of(samples)
+    reasons = {"no samples in it": not len(samples), "cut off": cut, "silent": peak * scale < 1e-4,
+               "NaN, infinite or huge samples": not peak * scale < 1e6}
     for reason, holds in reasons.items():
         if holds:
             raise AudioError(reason)
-    return samples
+    samples = trim_silence(samples, own_rate, trim_db)  # first, so that there is less to resample
+    samples = np.multiply(samples, scale, dtype=np.float32)
+    return samples if own_rate == rate else soxr.resample(samples, own_rate, rate)
 
 
-def declared_size(path):
-    """The size in bytes that a WAV file's header states, else 0; libsndfile reads cut files silently."""
-    with Path(path).open("rb") as file:
-        head = file.read(12)
-    size = int.from_bytes(head[4:8], "little")
-    return size + 8 if head[:4] == b"RIFF" and head[8:] == b"WAVE" and size < 2**32 - 64 else 0
+def peak_of(samples):
+    """The largest magnitude of samples (n,) of any type; NaN where one is."""
+    return max(float(samples.max(initial=0)), -float(samples.min(initial=0)))
 
 
-def trim_silence(samples, cfg):
-    """Cut both ends that lie TRIM_DB below the clip's own peak, but for 50 ms before and 100 ms after."""
-    level = np.abs(samples)
-    loud = np.flatnonzero(level >= level.max() * 10 ** (-cfg.trim_db / 20))
-    return samples[max(0, loud[0] - cfg.sampling_rate // 20):loud[-1] + cfg.sampling_rate // 10]
-
-
-def speeds(cfg):
-    """The resampling factors of SPEEDS, sorted, 1.0 always among them. Raises ValueError."""
-    values = sorted({1.0, *map(float, names_in(cfg.speeds))})
-    if not all(0.5 <= value <= 2 for value in values):
-        raise ValueError(cfg.speeds)
-    return values
+def trim_silence(samples, rate, trim_db):
+    """Cut both ends that lie `trim_db` below the clip's own peak, but for 50 ms before and 100 ms after."""
+    limit = samples.dtype.type(peak_of(samples) * 10 ** (-trim_db / 20))
+    loud = ((samples >= limit) | (samples <= -limit)).tobytes()  # bytes are searched fast
+    return samples[max(0, loud.index(1) - rate // 20):loud.rindex(1) + rate // 10]
 
 
 def load_torchaudio():
@@ -674,45 +690,36 @@ def load_torchaudio():
 
 
 @functools.lru_cache(maxsize=8)
-def mel_filters(rate, n_fft, n_mels, factors):
-    """Mel filter banks (F, K * M), one per resampling factor.
-
-    Playing a clip s times as fast moves what is at f Hz to s * f Hz, so a bank that takes the bin of f for
-    s * f hears the faster voice in the same spectrum (Jaitly and Hinton 2013 warp vocal tracts much alike).
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # slowed voices have empty bands at the top
-        make = functools.partial(load_torchaudio().melscale_fbanks, n_fft // 2 + 1, 50.0, rate / 2, n_mels)
-        banks = [make(round(rate * factor)) for factor in factors]
-    return torch.cat(banks, dim=1)
+def window_and_bank(rate, n_fft, n_mels):
+    """A Hann window (N_FFT,) and mel filters (F, M) from 50 Hz to half the sampling rate, on HTK's scale."""
+    bank = load_torchaudio().melscale_fbanks(n_fft // 2 + 1, 50.0, rate / 2, n_mels, rate)
+    return torch.hann_window(n_fft), bank
 
 
-def log_mel(samples, cfg, factors=(1.0,)):
-    """Natural log of (mel power + 1e-6), float16 (T, K, M): T frames of HOP_LENGTH, K factors, M bands."""
-    x = torch.from_numpy(np.ascontiguousarray(samples))
-    x = F.pad(x, (cfg.n_fft // 2, cfg.n_fft // 2))
-    frames = x.unfold(0, cfg.n_fft, cfg.hop_length) * torch.hann_window(cfg.n_fft)  # (T, N_FFT)
-    spectrum = torch.fft.rfft(frames)
-    power = spectrum.real.square() + spectrum.imag.square()  # (T, F)
-    bank = mel_filters(cfg.sampling_rate, cfg.n_fft, cfg.n_mels, tuple(factors))
-    return (power @ bank + 1e-6).log().half().view(len(power), len(factors), -1).numpy()
+def log_mel(samples, cfg):
+    """Natural log of (mel power + 1e-6), float16 (T, M): T frames of HOP_LENGTH, M bands."""
+    window, bank = window_and_bank(cfg.sampling_rate, cfg.n_fft, cfg.n_mels)
+    spectrum = torch.stft(torch.from_numpy(samples), cfg.n_fft, cfg.hop_length, window=window,
+                          pad_mode="constant", return_complex=True).T  # (T, F)
+    power = spectrum.real.square() + spectrum.imag.square()
+    return (power @ bank).add_(1e-6).log_().half().numpy()
 
 
 def prepare_clip(path, cfg):
-    """Read, downmix, resample, trim and transform one clip: (T, K, M), or the reason why not."""
+    """Read, downmix, trim, resample and transform one clip: (T, M), or the reason why not."""
     try:
-        return log_mel(trim_silence(load_audio(path, cfg.sampling_rate), cfg), cfg, speeds(cfg))
+        return log_mel(load_audio(path, cfg.sampling_rate, cfg.trim_db), cfg)
     except AudioError as error:
         return str(error)
 
 
 def add_features(clips, audit, cfg):
-    """Add the column `mel`: float16 (T, K, M) views of one memory-mapped cache; unusable clips leave.
+    """Add the column `mel`: float16 (T, M) views of one memory-mapped cache; unusable clips leave.
 
     The cache is named by a key of the clips' bytes and of the settings that shape the features.
     """
     load_torchaudio()
-    folder = Path(cfg.output_dir, "cache")
+    folder = Path(cfg.cache_dir, "cache")
     key = digest(list(clips["digest"]), {name: getattr(cfg, name) for name in FEATURES})
     data, index = folder / f"log_mel_{key}.npy", folder / f"log_mel_{key}.json"
     if not (data.exists() and index.exists()):
@@ -773,6 +780,9 @@ def load_text_encoder(name):
 
 
 # %% 10. Batches
+VIEWS = (1.0, 1.0), (0.94, 1.0), (1.06, 1.0), (1.0, 1.105), (1.0, 0.905)  # of a test clip: speed, stretch
+
+
 class ClipDataset(Dataset):
     """Labels of clips; a subclass adds what its models read. Indexed by a list of rows, it gives a batch."""
 
@@ -792,42 +802,46 @@ class AudioDataset(ClipDataset):
 
     def __init__(self, clips, cfg, device, augment=False, mixup=0.0):
         super().__init__(clips, device)
-        self.mels, self.augment, self.mixup = list(clips["mel"]), augment, mixup
-        self.factors = torch.tensor(speeds(cfg))
+        self.mels, self.augment, self.mixup, self.view = list(clips["mel"]), augment, mixup, VIEWS[0]
         self.frames = round(cfg.clip_seconds * cfg.sampling_rate / cfg.hop_length)
+        self.rate = cfg.sampling_rate
         traits = [clips["intensity"] == 2, clips["statement"] == 2, clips["sex"] == "male"]
         self.traits = torch.tensor(np.stack(traits, axis=1), dtype=torch.float32)  # (N, 3)
 
     def __getitem__(self, rows):
         batch = super().__getitem__(rows) | {"traits": self.traits[rows].to(self.device)}
+        n = len(rows)
         if self.augment:
-            batch["mel"] = disturb(self.random_views(rows))
+            speed, stretch = torch.exp(spread((n, 1), 0.17)), torch.exp(spread((n, 1), 0.15))
+            place, warp, shift = torch.rand(n, 1), torch.exp(spread((n, 1), 0.08)), spread((n, 1), 0.06)
+            batch["mel"] = disturb(self.read(rows, place, speed, speed * stretch, warp, shift))
             return mix(batch, self.mixup) if self.mixup else batch
-        unchanged = [int((self.factors == 1).nonzero())] * len(rows)
-        starts = [(len(self.mels[row]) - self.frames) // 2 for row in rows]
-        return batch | {"mel": self.cut(rows, unchanged, starts, self.frames)}
+        if self.view == VIEWS[0]:
+            starts = [(len(self.mels[row]) - self.frames) // 2 for row in rows]
+            return batch | {"mel": self.cut(rows, starts, self.frames)}
+        speed, stretch = (torch.full((n, 1), value) for value in self.view)
+        return batch | {"mel": self.read(rows, 0.5, speed, speed * stretch)}
 
-    def cut(self, rows, copies, starts, frames):
+    def cut(self, rows, starts, frames):
         """Frames from `starts` on: (B, 1, M, frames); beyond a clip's ends its outermost frames repeat."""
-        windows = [self.mels[row][np.clip(np.arange(start, start + frames), 0, len(self.mels[row]) - 1), copy]
-                   for row, copy, start in zip(rows, copies, starts)]
+        windows = [self.mels[row][np.clip(np.arange(start, start + frames), 0, len(self.mels[row]) - 1)]
+                   for row, start in zip(rows, starts)]
         return torch.from_numpy(np.stack(windows)).to(self.device).float().transpose(1, 2)[:, None]
 
-    def random_views(self, rows):
-        """Windows at a random position, speed and stretch, the mel axis warped: (B, 1, M, T)."""
-        n, frames = len(rows), self.frames
-        copies = torch.randint(len(self.factors), (n,))
-        step = self.factors[copies] * torch.exp(spread(n, 0.15))  # frames of the clip per frame of the window
-        slack = torch.tensor([float(len(self.mels[row])) for row in rows]) - frames * step
-        starts = torch.rand(n) * slack  # of the window in the clip; negative: of the clip in the window
-        source = math.ceil(frames * float(step.max())) + 2
-        mel = self.cut(rows, copies.tolist(), starts.floor().int().tolist(), source)
-        theta = torch.zeros(n, 2, 3)  # affine map from the window to its source, both spanning -1 to 1
-        theta[:, 0, 0] = step * (frames - 1) / (source - 1)
-        theta[:, 0, 2] = theta[:, 0, 0] + 2 * (starts - starts.floor()) / (source - 1) - 1
-        theta[:, 1, 1], theta[:, 1, 2] = torch.exp(spread(n, 0.08)), spread(n, 0.06)
-        grid = F.affine_grid(theta, [n, 1, mel.shape[2], frames], align_corners=True).to(self.device)
-        return F.grid_sample(mel, grid.clamp(-1, 1), align_corners=True)  # MPS lacks padding_mode="border"
+    def read(self, rows, place, speed, step, warp=1.0, shift=0.0):
+        """Windows (B, 1, M, T) at a `place` from 0 to 1, in another voice, `step` frames of the clip a frame.
+
+        Played s times as fast, a clip lasts 1 / s as long and what was at f Hz is heard at s * f Hz: both are
+        a matter of where in the spectrogram to read (Jaitly and Hinton 2013 warp vocal tracts much alike).
+        """
+        slack = torch.tensor([[float(len(self.mels[row]))] for row in rows]) - self.frames * step
+        starts = place * slack  # of the window in the clip; negative: of the clip in the window
+        source = math.ceil(self.frames * float(step.max())) + 2
+        mel = self.cut(rows, starts[:, 0].floor().int().tolist(), source)
+        time = (starts - starts.floor() + step * torch.arange(self.frames)) * 2 / (source - 1) - 1  # (B, T)
+        band = bands_heard(speed, mel.shape[2], self.rate) * warp + shift  # (B, M)
+        grid = torch.stack(torch.broadcast_tensors(time[:, None], band[:, :, None]), dim=3)  # (B, M, T, 2)
+        return F.grid_sample(mel, grid.to(self.device).clamp(-1, 1), align_corners=True)  # as MPS can
 
 
 class TextDataset(ClipDataset):
@@ -876,6 +890,13 @@ def batches_of(dataset, size, shuffle=False):
 def spread(shape, limit, device="cpu"):
     """Numbers drawn evenly between -limit and limit."""
     return (torch.rand(shape, device=device) * 2 - 1) * limit
+
+
+def bands_heard(speed, n_mels, rate):
+    """The places (B, M) on the mel axis, -1 to 1, that its bands hear at `speed` (B, 1) times the speed."""
+    low, high = (math.log1p(hertz / 700) for hertz in (50, rate / 2))
+    mel = torch.linspace(low, high, n_mels + 2)[1:-1]
+    return (torch.log1p(torch.expm1(mel) / speed) - mel[0]) * 2 / (mel[-1] - mel[0]) - 1
 
 
 def disturb(mel):
@@ -1117,6 +1138,7 @@ MODELS = {
 ROWS = MODELS | {  # late fusion is arithmetic on saved predictions: no class
     "late_rnn": ModelRow(None, "LateFusion_RNN", "Late fusion, RNN", "", ("cnn", "rnn")),
     "late_bert": ModelRow(None, "LateFusion_BERT", "Late fusion, BERT", "", ("cnn", "bert")),
+    "cnn_views": ModelRow(None, "AudioCNN_views", "AudioCNN, several views", "", ("cnn",)),
 }
 FILES = {"checkpoint": "{}_best.pth", "history": "histories/{}.csv", "predictions": "predictions/{}.csv"}
 
@@ -1251,6 +1273,13 @@ def calibration_error(probabilities, true, bins=15):
     return float(sum(abs((confidence - right)[which == b].sum()) for b in range(bins)) / len(true))
 
 
+def calibration_error_if_perfect(probabilities, draws=200):
+    """The ECE that clips of these probabilities (N, C) show by chance when labels follow them exactly."""
+    rng, edges = np.random.default_rng(0), probabilities.cumsum(axis=1)
+    labels = ((edges > rng.random((draws, len(edges), 1)) * edges[:, -1:]).argmax(axis=2))  # (draws, N)
+    return float(np.mean([calibration_error(probabilities, drawn) for drawn in labels]))
+
+
 def score(probabilities, true):
     """Every figure of every table from probabilities (N, C) and label indices (N,), as a dict of builtins."""
     probabilities = np.clip(probabilities, 1e-7, 1)
@@ -1266,6 +1295,11 @@ def score(probabilities, true):
         "per_class": {e: {key: float(value) for key, value in report[e].items()} for e in EMOTIONS},
         "confusion": metrics.confusion_matrix(true, found, labels=labels).tolist(),
     }
+
+
+def score_table(table):
+    """The figures of a predictions table."""
+    return score(table[EMOTIONS].to_numpy(), table["true"].map(EMOTIONS.index).to_numpy())
 
 
 def read_checkpoint(path):
@@ -1409,11 +1443,11 @@ def plot_samples(clips, cfg):
     rows = rows.drop_duplicates("emotion").set_index("emotion")
     for index, emotion in enumerate(EMOTIONS):
         wave, spectrogram = axes[index // 4 * 2:, index % 4][:2]
-        samples = trim_silence(load_audio(rows["path"][emotion], cfg.sampling_rate), cfg)
+        samples = load_audio(rows["path"][emotion], cfg.sampling_rate, cfg.trim_db)
         seconds = len(samples) / cfg.sampling_rate
         wave.plot(np.linspace(0, seconds, len(samples)), samples, linewidth=0.4)
         wave.set(title=f"{emotion} (actor {rows['actor'][emotion]})", xlim=(0, seconds), xticks=[])
-        mel = rows["mel"][emotion][:, speeds(cfg).index(1.0)].astype(float).T  # (M, T)
+        mel = rows["mel"][emotion].astype(float).T  # (M, T)
         extent = (0, seconds, 0, cfg.n_mels)
         spectrogram.imshow(mel, origin="lower", aspect="auto", cmap="magma", extent=extent)
         spectrogram.set_xlabel("seconds")
@@ -1477,6 +1511,7 @@ def plot_paths(rows, cfg):
 
 
 # %% 16. Report
+REPORT = "emotion_recognition_report.docx"
 docx_advice = "pip install python-docx, then --phase report makes it"
 MEANING = (
     "UAR is the mean of the eight recalls; guessing gives 12.5 %. Nobody who speaks in the test split was "
@@ -1520,26 +1555,39 @@ def add_table(document, table):
     document.add_paragraph()  # tables that touch become one
 
 
-def write_report(figures, audit, config, cfg):
-    """Write the report as .docx from what the other stages left; needs no model."""
+def new_document(title, cfg):
+    """An empty docx document with the marks of this run on every page."""
     import docx
     from docx.shared import Cm
-    document, rows = docx.Document(), figures["rows"]
+    document = docx.Document()
     page = document.sections[0]
     page.left_margin = page.right_margin = Cm(2)
-    page.header.paragraphs[0].text = "; ".join(figures["marks"]) or "RAVDESS, unseen speakers"
-    document.add_heading("Speech emotion recognition: report", 0)
+    page.header.paragraphs[0].text = "; ".join(marks(cfg)) or "RAVDESS, unseen speakers"
+    document.add_heading(title, 0)
+    return document
+
+
+def add_section(document, title, lines=(), tables=(), plots=()):
+    """Append a heading, bullet points, DataFrames and picture files to a docx document."""
+    from docx.shared import Cm
+    document.add_heading(title, 1)
+    for line in lines:
+        document.add_paragraph(line, "List Bullet")
+    for table in tables:
+        add_table(document, table)
+    for path in plots:
+        document.add_picture(str(path), width=Cm(17))
+
+
+def write_report(figures, audit, config, cfg):
+    """Write the report as .docx from what the other stages left; needs no model."""
+    rows, document = figures["rows"], new_document("Speech emotion recognition: report", cfg)
+    section = functools.partial(add_section, document)
     ran = {name: row for name, row in rows.items() if row["status"] == "run"}
     best = max(ran, key=lambda name: ran[name]["validation"]["uar"])
     shown = [name for name in ran if name in ("cnn", best)]
     table = result_table(rows)
 
-    def section(title, lines=(), tables=()):
-        document.add_heading(title, 1)
-        for line in lines:
-            document.add_paragraph(line, "List Bullet")
-        for content in tables:
-            add_table(document, content)
     section("Summary", [
         *("{title}: {uar:.1%} UAR, {accuracy:.1%} accuracy on {clips} test clips{note}.".format(
             note=" (best row on validation)" if name == best else "", **ran[name]["test"], **ran[name])
@@ -1557,17 +1605,184 @@ def write_report(figures, audit, config, cfg):
         by_emotion = pd.DataFrame(ran[name]["test"]["per_class"]).T.round(3)
         section(f"{ran[name]['title']}: test results by emotion, and the most confident mistakes", tables=[
             by_emotion.rename_axis("emotion").reset_index(), pd.DataFrame(ran[name]["mistakes"])])
-    section("Plots")
-    for path in plot_paths(rows, cfg):
-        document.add_picture(str(path), width=Cm(17))
+    section("Plots", plots=plot_paths(rows, cfg))
     section("What the figures mean, and what they do not", MEANING)
     section("How to repeat this", [config["command"], ", ".join(map(" ".join, config["versions"].items()))])
     section("Settings", tables=[pd.DataFrame(config["settings"].items(), columns=["setting", "value"])])
-    with replacing(Path(cfg.output_dir, "emotion_recognition_report.docx")) as temporary:
+    with replacing(Path(cfg.output_dir, REPORT)) as temporary:
         document.save(temporary)
 
 
-# %% 17. The demo
+# %% 17. Cross-validation
+def out_of_fold(name, runs):
+    """Validation and test predictions of one row in all runs, with their fold, seed and transcripts."""
+    tables = []
+    for cfg in runs:
+        table = read_back(file_of(cfg, "predictions", name), pd.read_csv)
+        clips = read_back(Path(cfg.output_dir, "clips.csv"), pd.read_csv)[["clip", "transcript"]]
+        tables.append(table.merge(clips.fillna(""), on="clip").assign(fold=int(cfg.folds), seed=cfg.seed))
+    table = pd.concat(tables).sort_values(["seed", "clip"], ignore_index=True)
+    return table[table["split"] != "train"]
+
+
+def pool(tables):
+    """The mean log-probability of tables of the same clips, with a temperature fitted on validation."""
+    table = tables[0].copy()
+    logs = [np.log(part[EMOTIONS].to_numpy().clip(1e-7)) for part in tables]
+    logits = torch.from_numpy(np.mean(logs, axis=0))
+    held_out = torch.tensor((table["split"] == "validation").to_numpy())
+    labels = torch.tensor(table["true"].map(EMOTIONS.index).to_numpy())
+    temperature = fit_temperature(logits[held_out], labels[held_out])
+    table[EMOTIONS] = (logits / temperature).softmax(dim=1).numpy()
+    return table.assign(predicted=table[EMOTIONS].idxmax(axis=1))
+
+
+def ensemble(table):
+    """Pool the seeds of each fold; as many rows as `table` has, so that the two can be compared."""
+    folds = [pool([rows for _, rows in part.groupby("seed")]) for _, part in table.groupby("fold")]
+    joined = pd.concat(folds).sort_values("clip")
+    return pd.concat([joined.assign(seed=seed) for seed in sorted(table["seed"].unique())], ignore_index=True)
+
+
+def resampled(clusters, draws=2000):
+    """How often each row counts when whole clusters (N,) are drawn with replacement: (draws, N)."""
+    names, which = np.unique(clusters, return_inverse=True)
+    counts = np.random.default_rng(0).multinomial(len(names), np.full(len(names), 1 / len(names)), draws)
+    return counts[:, which].astype(np.float32)
+
+
+def weighted_uar(weights, table):
+    """The UAR of a predictions table (N rows) under each row of weights (draws, N): (draws,)."""
+    true = table["true"].to_numpy()[:, None] == np.array(EMOTIONS)  # (N, C)
+    right = true & (table["predicted"] == table["true"]).to_numpy()[:, None]
+    return (weights @ right / np.maximum(weights @ true, 1)).mean(axis=1)
+
+
+def summarize_row(table, draws):
+    """The figures of one row from its out-of-fold predictions and its UAR in bootstrap draws (draws,)."""
+    test, held_out = (table[table["split"] == split] for split in ("test", "validation"))
+    by_run = test.groupby(["fold", "seed"])[["true", "predicted"]].apply(
+        lambda rows: recall(rows["true"], rows["predicted"]))
+    by_run, unseen = by_run.unstack(), test[~test["actor"].isin(held_out["actor"])]  # (folds, seeds)
+    spread = {"folds": by_run.mean(axis=1).std(), "seeds": by_run.mean(axis=0).std()}
+    return {
+        "uar": float(by_run.to_numpy().mean()), "interval": np.quantile(draws, (0.025, 0.975)).tolist(),
+        "by_fold": {str(fold): float(uar) for fold, uar in by_run.mean(axis=1).items()},
+        "spread": {key: float(np.nan_to_num(value)) for key, value in spread.items()},
+        "unseen": {"actors": unseen["actor"].nunique(), "uar": recall(unseen["true"], unseen["predicted"])},
+        "by_actor": {str(actor): recall(part["true"], part["predicted"])
+                     for actor, part in test.groupby("actor")},
+        "ece_if_perfect": calibration_error_if_perfect(test[EMOTIONS].to_numpy()),
+        "test": score_table(test), "validation": score_table(held_out)}
+
+
+def summarize(runs, cfg):
+    """Pool the test predictions of all runs: summary.json, comparisons.csv and the predictions themselves."""
+    folder, figures = Path(cfg.output_dir), [read_back(Path(run.output_dir, "metrics.json")) for run in runs]
+    titles = {name: row["title"] for name, row in figures[0]["rows"].items()
+              if all(each["rows"].get(name, {}).get("status") == "run" for each in figures)}
+    tables = {name: out_of_fold(name, runs) for name in titles}
+    if cfg.runs > 1:
+        for name in [name for name in ("cnn", "cnn_views") if name in tables]:
+            titles[f"{name}_ensemble"] = f"{titles[name]}, ensemble of {cfg.runs}"
+            tables[f"{name}_ensemble"] = ensemble(tables[name])
+    tables = dict(sorted(tables.items(), key=lambda item: not item[0].startswith("cnn")))  # sound first
+    tests = {name: table[table["split"] == "test"] for name, table in tables.items()}
+    by_actor = resampled(next(iter(tests.values()))["actor"])
+    weights = {name: by_actor * (resampled(test["transcript"]) if reads_oracle(name, cfg) else 1)
+               for name, test in tests.items()}
+    rows = {name: {"title": titles[name]} | summarize_row(table, weighted_uar(weights[name], tests[name]))
+            for name, table in tables.items()}
+    for name, test in tests.items():
+        save(folder / "predictions" / f"{name}_out_of_fold.csv", test.assign(marks="; ".join(marks(cfg))))
+    pairs = []
+    for first, second in itertools.combinations(tests, 2):
+        shared = weights[second if reads_oracle(second, cfg) else first]
+        draws = weighted_uar(shared, tests[first]) - weighted_uar(shared, tests[second])
+        low, high = np.quantile(draws, (0.025, 0.975))
+        gap = rows[first]["test"]["uar"] - rows[second]["test"]["uar"]
+        pairs.append((titles[first], titles[second], gap, low, high))
+    columns = ["row", "against", "difference", "low", "high"]
+    save(folder / "comparisons.csv", pd.DataFrame(pairs, columns=columns))
+    save(folder / "summary.json", {"marks": marks(cfg), "rows": rows})
+    save_settings(cfg)
+    print(f"\nAll {len(runs)} runs: {'; '.join(marks(cfg))}\n{summary_table(rows).to_string(index=False)}")
+
+
+def summary_table(rows):
+    """The figures of a cross-validation as a DataFrame of strings."""
+    lines = []
+    for row in rows.values():
+        test, held_out, unseen = row["test"], row["validation"], row["unseen"]
+        lines.append({
+            "model": row["title"], "test UAR": f"{row['uar']:.1%}",
+            "95 % interval": "{:.1%} to {:.1%}".format(*row["interval"]),
+            **{f"SD {key}": f"{100 * value:.1f}" if value else "-" for key, value in row["spread"].items()},
+            f"{unseen['actors']} unseen": f"{unseen['uar']:.1%}", "acc": f"{test['accuracy']:.1%}",
+            "F1": f"{test['macro_f1']:.1%}", "ECE": f"{test['ece']:.3f}",
+            "perfect": f"{row['ece_if_perfect']:.3f}", "val UAR": f"{held_out['uar']:.1%}",
+            "val NLL": f"{held_out['nll']:.3f}"})
+    return pd.DataFrame(lines)
+
+
+def plot_summary(rows, pairs, cfg):
+    """One page: UAR with intervals, recall by emotion, UAR by actor, and the differences between rows."""
+    titles = [row["title"] for row in rows.values()]
+    figure, axes = plt.subplots(4, 1, figsize=(11, 4 + 1.5 * len(rows)), layout="constrained")
+    for place, row in enumerate(rows.values()):
+        folds = [100 * uar for uar in row["by_fold"].values()]
+        axes[0].plot([100 * end for end in row["interval"]], [place, place], color="steelblue", linewidth=3)
+        axes[0].plot(100 * row["uar"], place, "o", color="steelblue", markersize=9)
+        axes[0].plot(folds, [place] * len(folds), "k.", markersize=4)
+    axes[0].axvline(100 / len(EMOTIONS), color="firebrick", linestyle="--")
+    axes[0].set(yticks=range(len(rows)), yticklabels=titles, xlim=(0, 102), ylim=(len(rows) - 0.5, -0.5),
+                title="Test UAR in %: mean (circle), folds (dots), 95 % interval (bar), chance (dashed)")
+    recalls = [{e: row["test"]["per_class"][e]["recall"] for e in EMOTIONS} for row in rows.values()]
+    share = {"annot": True, "fmt": ".0f", "cmap": "Blues", "cbar": False}
+    sns.heatmap(100 * pd.DataFrame(recalls, titles), ax=axes[1], **share)
+    sns.heatmap(100 * pd.DataFrame([row["by_actor"] for row in rows.values()], titles), ax=axes[2], **share)
+    gaps, texts = (pd.DataFrame(fill, titles, titles) for fill in (0.0, ""))
+    for pair in pairs.itertuples():
+        star = "*" * (pair.low > 0 or pair.high < 0)
+        for sign, cell in ((1, (pair.row, pair.against)), (-1, (pair.against, pair.row))):
+            gaps.loc[cell] = 100 * sign * pair.difference
+            texts.loc[cell] = f"{gaps.loc[cell]:+.1f}{star}"
+    sns.heatmap(gaps, annot=texts, fmt="", cmap="RdBu", center=0, cbar=False, ax=axes[3])
+    axes[1].set(title="Recall by emotion in %")
+    axes[2].set(title="UAR by actor in %")
+    axes[3].set(title="Difference in pooled UAR, row minus column (*: its paired 95 % interval leaves out 0)")
+    axes[3].set_xticklabels(titles, rotation=30, ha="right")
+    save_figure(figure, "cross_validation", cfg)
+
+
+def report_summary(cfg):
+    """The page of figures and the .docx of a cross-validation, from summary.json and comparisons.csv."""
+    folder = Path(cfg.output_dir)
+    rows = read_back(folder / "summary.json")["rows"]
+    pairs = read_back(folder / "comparisons.csv", pd.read_csv)
+    plot_summary(rows, pairs, cfg)
+    if importlib.util.find_spec("docx"):
+        document, table = new_document("Cross-validation: unseen speakers", cfg), summary_table(rows)
+        add_section(document, "Results on unseen speakers", [
+            f"Folds {cfg.folds}, {cfg.runs} run(s) of each, seeds from {cfg.seed}; each actor of these folds "
+            "is tested by models that never heard it. UAR is the mean over folds and seeds; SD folds and SD "
+            "seeds are standard deviations over one of them.",
+            "The 95 % interval draws actors with replacement, 2000 times; in rows that read simulated "
+            "sentences it draws sentences as well.",
+            "Unseen: actors that are validation in none of these folds, so that no choice has heard them.",
+            "ECE: calibration error of the pooled test predictions; perfect: what clips drawn from these "
+            "very probabilities would show.", *(f"Mind: {mark}." for mark in marks(cfg))],
+            [table.iloc[:, :6], table.iloc[:, [0, *range(6, table.shape[1])]]])
+        add_section(document, "Figures", plots=[plot_path("cross_validation", cfg)])
+        points = {key: (100 * pairs[key]).map("{:+.1f}".format) for key in ("difference", "low", "high")}
+        add_section(document, "Paired differences in UAR, in points", tables=[pairs.assign(**points)])
+        add_section(document, "What the figures mean, and what they do not", MEANING)
+        add_section(document, "How to repeat this", [read_back(folder / "config.json")["command"]])
+        with replacing(folder / REPORT) as temporary:
+            document.save(temporary)
+
+
+# %% 18. The demo
 DEMO_VOICES = {  # pitch and its range in semitones, syllables a second, level in dB, roughness, brightness
     "neutral": (0, 1, 4.0, -6, 0.00, 1.0), "calm": (-3, 1, 2.8, -12, 0.00, 0.6),
     "happy": (5, 6, 5.0, -2, 0.02, 1.6), "sad": (-2, 2, 2.6, -14, 0.05, 0.5),
@@ -1630,7 +1845,7 @@ def write_demo_encoder(folder):
     transformers.DistilBertModel(config).save_pretrained(folder)
 
 
-# %% 18. The phases and main
+# %% 19. The phases and main
 def reuse(title, key, files, cfg, make):
     """Make files unless they are there, made under the same key; a notebook sees its figures every time."""
     path = Path(cfg.output_dir, "cache", f"{title.replace(' ', '_')}.key")
@@ -1734,12 +1949,26 @@ def plan_training(clips, names, cfg, device):
     return todo
 
 
+def reads_oracle(name, cfg):
+    """Whether a row reads sentences that were drawn by label."""
+    return cfg.use_simulated_sentences and not name.startswith("cnn")
+
+
 def combine_late(name, cfg):
     """Late fusion: the mean of two rows' probabilities, as a predictions table."""
     tables = [read_back(file_of(cfg, "predictions", part), pd.read_csv) for part in ROWS[name].parts]
     table = tables[-1].copy()
     table[EMOTIONS] = np.mean([part[EMOTIONS].to_numpy() for part in tables], axis=0)
     return table.assign(predicted=table[EMOTIONS].idxmax(axis=1))
+
+
+def combine_views(clips, cfg, device):
+    """AudioCNN's predictions from TEST_VIEWS views of each clip, as a predictions table."""
+    model = restore_model(file_of(cfg, "checkpoint", "cnn")).to(device)
+    dataset, tables = make_dataset(model, clips, cfg, device), []
+    for dataset.view in VIEWS[:cfg.test_views]:
+        tables.append(predictions_table(clips, predict(model, dataset).softmax(dim=1).numpy()))
+    return pool(tables).assign(marks="; ".join(marks(cfg)))
 
 
 def score_row(name, clips, cfg):
@@ -1750,7 +1979,7 @@ def score_row(name, clips, cfg):
     row = {"status": "run", "groups": {}}
     for split in SPLITS:
         part = table[table["split"] == split]
-        row[split] = score(part[EMOTIONS].to_numpy(), part["true"].map(EMOTIONS.index).to_numpy())
+        row[split] = score_table(part)
         row["groups"][split] = {group: recall(rows["true"], rows["predicted"])
                                 for column in ("intensity", "sex") for group, rows in part.groupby(column)}
     wrong = part[part["true"] != part["predicted"]].assign(confidence=part[EMOTIONS].max(axis=1).round(3))
@@ -1758,39 +1987,53 @@ def score_row(name, clips, cfg):
     return row | {"mistakes": wrong.nlargest(10, "confidence")[columns].to_dict("records")}
 
 
-def evaluate_phase(clips, cfg):
-    """Combine late fusion, score all seven rows, write metrics.json and config.json."""
+def evaluate_phase(clips, cfg, device):
+    """Combine late fusion and views, score all rows, write metrics.json and config.json."""
     rows, asked = {}, names_in(cfg.run_models)
     for name, row in ROWS.items():
+        if name == "cnn_views" and cfg.test_views == 1:
+            continue
         if name in MODELS:
             reason = out_of_date(cfg, name, clips)
             reason = "left out by --run-models" if reason and name not in asked else reason
         else:
             reason = " and ".join(rows[part]["title"] for part in row.parts if rows[part]["status"] != "run")
             reason = reason and f"{reason} did not run"
-        if name not in MODELS and not reason:
-            save(file_of(cfg, "predictions", name), combine_late(name, cfg))
+        path = file_of(cfg, "predictions", name)
+        if name == "cnn_views" and not reason:
+            key = digest(fingerprint(cfg, "cnn", clips), cfg.test_views)
+            reuse("views", key, [path], cfg, lambda path=path: save(path, combine_views(clips, cfg, device)))
+        elif name not in MODELS and not reason:
+            save(path, combine_late(name, cfg))
         rows[name] = {"status": f"not run: {reason}"} if reason else score_row(name, clips, cfg)
         if reason:  # nothing of an earlier run may pass for this one's
             plot_path(f"confusion_{row.stem}", cfg).unlink(missing_ok=True)
-        oracle = name != "cnn" and cfg.use_simulated_sentences
-        rows[name]["title"] = row.title + " (oracle text)" * oracle
-    flags = [flag_of(key, value) for key, value in settings_of(cfg).items()
-             if key in cfg.given and not (key == "output_dir" and cfg.demo)]
-    folder = Path(cfg.output_dir)
-    save(folder / "metrics.json", {"marks": marks(cfg), "classes": EMOTIONS, "rows": rows,
-                                   "audit": digest(read_back(folder / "audit.json"))})
-    command = " ".join(["python emotion_recognition.py", *flags])
-    save(folder / "config.json", {"command": command, "marks": marks(cfg), "settings": settings_of(cfg),
-                                  "versions": versions()})
+        rows[name]["title"] = row.title + " (oracle text)" * reads_oracle(name, cfg)
+    save(Path(cfg.output_dir, "metrics.json"), {
+        "marks": marks(cfg), "classes": EMOTIONS, "rows": rows,
+        "audit": digest(read_back(Path(cfg.output_dir, "audit.json")))})
+    save_settings(cfg)
     print("\n" + "; ".join(marks(cfg)) + "\n" + result_table(rows).to_string(index=False))
 
 
-def report_settings(cfg):
-    """The settings of the finished run in OUTPUT_DIR. Raises UserError if a flag contradicts them."""
+def save_settings(cfg):
+    """Write config.json: the settings, the command that repeats the run, and versions."""
+    flags = [flag_of(key, value) for key, value in settings_of(cfg).items()
+             if key in cfg.given and not (key == "output_dir" and cfg.demo)]
+    command = " ".join(["python emotion_recognition.py", *flags])
+    save(Path(cfg.output_dir, "config.json"), {
+        "command": command, "marks": marks(cfg), "settings": settings_of(cfg), "versions": versions()})
+
+
+def saved_settings(cfg):
+    """The settings of the finished run in OUTPUT_DIR, but for the flags that were given. Raises UserError."""
     saved = read_back(Path(cfg.output_dir, "config.json"))["settings"]
     asked = {key: getattr(cfg, key) for key in {"phase", "output_dir", *cfg.given}}
-    cfg = SimpleNamespace(**(settings_of(cfg) | saved | asked), given=cfg.given)
+    return SimpleNamespace(**(vars(cfg) | saved | asked))
+
+
+def check_report(cfg):
+    """Raise a UserError if a checkpoint in OUTPUT_DIR was made with other settings."""
     for name, row in read_back(Path(cfg.output_dir, "metrics.json"))["rows"].items():
         if name in MODELS and row["status"] == "run":
             path = file_of(cfg, "checkpoint", name)
@@ -1798,14 +2041,13 @@ def report_settings(cfg):
             if changed:
                 raise UserError(f"{path} was made otherwise ({changed}): leave that flag out or "
                                 "train with --phase all")
-    return cfg
 
 
 def report_phase(cfg):
     """Plots and .docx from what lies in OUTPUT_DIR; reused when nothing of it has changed."""
     folder = Path(cfg.output_dir)
     figures, audit, config = (read_back(folder / f"{name}.json") for name in ("metrics", "audit", "config"))
-    rows, document = figures["rows"], folder / "emotion_recognition_report.docx"
+    rows, document = figures["rows"], folder / REPORT
     with_docx = importlib.util.find_spec("docx") is not None
     if figures["audit"] != digest(audit):
         raise UserError(f"{folder / 'audit.json'} is of a later run than metrics.json: use --phase all")
@@ -1825,6 +2067,32 @@ def report_phase(cfg):
     print(f"Report: {document}" if with_docx else f"{document} is left out: {docx_advice}")
 
 
+def run_phases(corpus, names, cfg, device):
+    """One fold and seed: data, training, evaluation and report, as far as PHASE goes."""
+    clips = data_phase(corpus, cfg, device)
+    if cfg.phase != "data":
+        for name in plan_training(clips, names, cfg, device):
+            train_model(name, clips, cfg, device)
+        evaluate_phase(clips, cfg, device)
+    if cfg.phase == "all":
+        report_phase(cfg)
+
+
+def report_again(cfg):
+    """Plots and reports of a finished run or cross-validation, from its files alone. Raises UserError."""
+    try:
+        cfg = saved_settings(cfg)
+        runs = runs_of(cfg)
+        for run in runs:
+            check_report(run)
+            report_phase(run)
+        if len(runs) > 1:
+            report_summary(cfg)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"a .json file in {cfg.output_dir} is foreign: make it again with --phase all, or "
+                        "name another --output-dir") from error
+
+
 def main(argv=None):
     """Run the phases that the settings ask for; `argv` as on the command line. Raises UserError."""
     cfg = parse_settings(argv)
@@ -1833,12 +2101,8 @@ def main(argv=None):
         with contextlib.suppress(AttributeError):
             sys.stdout.reconfigure(errors="replace")  # consoles that know few letters
     if cfg.phase == "report":
-        try:
-            return report_phase(report_settings(cfg))
-        except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"metrics.json or config.json in {cfg.output_dir} is foreign: make it again with "
-                            "--phase all, or name another --output-dir") from error
-    device, names = pick_device(cfg), models_to_run(cfg)
+        return report_again(cfg)
+    device, names, runs = pick_device(cfg), models_to_run(cfg), runs_of(cfg)
     if not names:
         raise UserError(f"--run-models {cfg.run_models} leaves --phase {cfg.phase} nothing to do")
     if cfg.demo:
@@ -1846,17 +2110,21 @@ def main(argv=None):
         if "bert_model" not in cfg.given:
             write_demo_encoder(cfg.bert_model)
     corpus = find_corpus(cfg)
-    if cfg.phase != "data":
-        check_needs(cfg, names, device)
-    clips = data_phase(corpus, cfg, device)
-    if cfg.phase != "data":
-        for name in plan_training(clips, names, cfg, device):
-            train_model(name, clips, cfg, device)
-        evaluate_phase(clips, cfg)
-    return report_phase(cfg) if cfg.phase == "all" else None
+    for run in runs:
+        if cfg.phase != "data":
+            check_needs(run, names, device)
+    for number, run in enumerate(runs, 1):
+        if len(runs) > 1:
+            print(f"\n=== Run {number} of {len(runs)}: fold {run.folds}, seed {run.seed}")
+        run_phases(corpus, names, run, device)
+    if len(runs) > 1 and cfg.phase != "data":
+        summarize(runs, cfg)
+        if cfg.phase == "all":
+            report_summary(cfg)
+    return None
 
 
-# %% 19. Run
+# %% 20. Run
 if __name__ == "__main__":
     try:
         main()
