@@ -674,7 +674,7 @@ def peak_of(samples):
 
 def trim_silence(samples, rate, trim_db):
     """Cut both ends that lie `trim_db` below the clip's own peak, but for 50 ms before and 100 ms after."""
-    limit = samples.dtype.type(peak_of(samples) * 10 ** (-trim_db / 20))
+    limit = samples.dtype.type(0.9999 * peak_of(samples) * 10 ** (-trim_db / 20))  # -32768 has no positive
     loud = ((samples >= limit) | (samples <= -limit)).tobytes()  # bytes are searched fast
     return samples[max(0, loud.index(1) - rate // 20):loud.rindex(1) + rate // 10]
 
@@ -1778,7 +1778,7 @@ def report_summary(cfg):
         add_section(document, "Paired differences in UAR, in points", tables=[pairs.assign(**points)])
         add_section(document, "What the figures mean, and what they do not", MEANING)
         add_section(document, "How to repeat this", [read_back(folder / "config.json")["command"]])
-        with replacing(folder / REPORT) as temporary:
+        with replacing(folder / "cross_validation_report.docx") as temporary:
             document.save(temporary)
 
 
@@ -1884,18 +1884,20 @@ def models_to_run(cfg):
     return [name for name in MODELS if name in asked and phases.get(cfg.phase, bool)(name)]
 
 
-def check_needs(cfg, names, device):
+def check_needs(runs, names, cfg, device):
     """Find now what would stop the run after an hour: packages, encoder, Whisper, disk. Raises UserError."""
     load_torchaudio()
-    folder, path = Path(cfg.output_dir), file_of(cfg, "checkpoint", "bert")
-    if "bert" in names and differences(read_if_usable(path).get("fingerprint", {}), fingerprint(cfg, "bert")):
-        load_text_encoder(cfg.bert_model)
+    folder = Path(cfg.output_dir)
+    for run in runs:
+        trained = read_if_usable(file_of(run, "checkpoint", "bert")).get("fingerprint", {})
+        if "bert" in names and differences(trained, fingerprint(run, "bert")):
+            load_text_encoder(cfg.bert_model)
     if not cfg.use_simulated_sentences and not whisper_cache(cfg).exists():
         load_whisper(cfg, device)
     if importlib.util.find_spec("docx") is None:
         print(f"The .docx will be left out: {docx_advice}")
     save(folder / "cache" / "writable.key", b"")
-    free, need = shutil.disk_usage(folder).free / 1e9, 0.1 if cfg.demo else 2.0
+    free, need = shutil.disk_usage(folder).free / 1e9, (0.1 if cfg.demo else 1.0) * (1 + len(runs))
     if free < need:
         raise UserError(f"{folder} has {free:.1f} GB left of the {need} needed: name another --output-dir")
 
@@ -2110,9 +2112,8 @@ def main(argv=None):
         if "bert_model" not in cfg.given:
             write_demo_encoder(cfg.bert_model)
     corpus = find_corpus(cfg)
-    for run in runs:
-        if cfg.phase != "data":
-            check_needs(run, names, device)
+    if cfg.phase != "data":
+        check_needs(runs, names, cfg, device)
     for number, run in enumerate(runs, 1):
         if len(runs) > 1:
             print(f"\n=== Run {number} of {len(runs)}: fold {run.folds}, seed {run.seed}")
