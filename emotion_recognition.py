@@ -2091,8 +2091,8 @@ def report_again(cfg):
         if len(runs) > 1:
             report_summary(cfg)
     except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"a .json file in {cfg.output_dir} is foreign: make it again with --phase all, or "
-                        "name another --output-dir") from error
+        raise UserError(f"metrics.json, config.json or summary.json in {cfg.output_dir} is foreign: make it "
+                        "again with --phase all, or name another --output-dir") from error
 
 
 def main(argv=None):
