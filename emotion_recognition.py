@@ -374,7 +374,7 @@ def inspect_file(path):
     except OSError:
         return "", "not readable"
     declared = int.from_bytes(content[4:8], "little")  # libsndfile reads a WAV file that was cut off silently
-    if content[:4] == b"RIFF" and len(content) - 8 < declared < 2**32 - 64:
+    if content[:4] == b"RIFF" and len(content) < declared < 2**32 - 64:
         return "", "cut off: less data than its header says"
     return digest(content), ""
 
@@ -653,7 +653,7 @@ def load_audio(path, rate, trim_db=math.inf):
             plain = file.subtype == "PCM_16"  # libsndfile would take long to make floats of it
             samples = file.read(dtype="int16" if plain else "float32", always_2d=True)
             own_rate, cut = file.samplerate, len(samples) < file.frames
-    except (soundfile.LibsndfileError, OSError) as error:
+    except (soundfile.LibsndfileError, OSError, ValueError, MemoryError) as error:  # such as a wild length
         raise AudioError(f"not readable as audio ({str(error).split(': ')[-1].strip()})") from error
     samples = samples.mean(axis=1, dtype=np.float32) if samples.shape[1] > 1 else samples[:, 0]
     scale, peak = 1 / 32768 if plain else 1.0, peak_of(samples)
@@ -1273,10 +1273,12 @@ def calibration_error(probabilities, true, bins=15):
     return float(sum(abs((confidence - right)[which == b].sum()) for b in range(bins)) / len(true))
 
 
-def calibration_error_if_perfect(probabilities, draws=200):
-    """The ECE that clips of these probabilities (N, C) show by chance when labels follow them exactly."""
-    rng, edges = np.random.default_rng(0), probabilities.cumsum(axis=1)
-    labels = ((edges > rng.random((draws, len(edges), 1)) * edges[:, -1:]).argmax(axis=2))  # (draws, N)
+def calibration_error_if_perfect(probabilities, clips, draws=200):
+    """The ECE by chance when labels follow probabilities (N, C) exactly; rows of one clip share a draw."""
+    names, which = np.unique(clips, return_inverse=True)
+    edges = probabilities.cumsum(axis=1)
+    places = np.random.default_rng(0).random((draws, len(names), 1))[:, which] * edges[:, -1:]
+    labels = (edges > places).argmax(axis=2)  # (draws, N)
     return float(np.mean([calibration_error(probabilities, drawn) for drawn in labels]))
 
 
@@ -1663,16 +1665,18 @@ def summarize_row(table, draws):
     test, held_out = (table[table["split"] == split] for split in ("test", "validation"))
     by_run = test.groupby(["fold", "seed"])[["true", "predicted"]].apply(
         lambda rows: recall(rows["true"], rows["predicted"]))
-    by_run, unseen = by_run.unstack(), test[~test["actor"].isin(held_out["actor"])]  # (folds, seeds)
+    chosen_on = set(held_out["actor"]) | set(itertools.chain(*VALIDATION_ACTORS))  # of any fold, run or not
+    by_run, unseen = by_run.unstack(), test[~test["actor"].isin(chosen_on)]  # (folds, seeds)
     spread = {"folds": by_run.mean(axis=1).std(), "seeds": by_run.mean(axis=0).std()}
     return {
         "uar": float(by_run.to_numpy().mean()), "interval": np.quantile(draws, (0.025, 0.975)).tolist(),
         "by_fold": {str(fold): float(uar) for fold, uar in by_run.mean(axis=1).items()},
         "spread": {key: float(np.nan_to_num(value)) for key, value in spread.items()},
-        "unseen": {"actors": unseen["actor"].nunique(), "uar": recall(unseen["true"], unseen["predicted"])},
+        "unseen": {"actors": unseen["actor"].nunique(),
+                   "uar": recall(unseen["true"], unseen["predicted"]) if len(unseen) else None},
         "by_actor": {str(actor): recall(part["true"], part["predicted"])
                      for actor, part in test.groupby("actor")},
-        "ece_if_perfect": calibration_error_if_perfect(test[EMOTIONS].to_numpy()),
+        "ece_if_perfect": calibration_error_if_perfect(test[EMOTIONS].to_numpy(), test["clip"]),
         "test": score_table(test), "validation": score_table(held_out)}
 
 
@@ -1718,7 +1722,8 @@ def summary_table(rows):
             "model": row["title"], "test UAR": f"{row['uar']:.1%}",
             "95 % interval": "{:.1%} to {:.1%}".format(*row["interval"]),
             **{f"SD {key}": f"{100 * value:.1f}" if value else "-" for key, value in row["spread"].items()},
-            f"{unseen['actors']} unseen": f"{unseen['uar']:.1%}", "acc": f"{test['accuracy']:.1%}",
+            f"{unseen['actors']} unseen": f"{unseen['uar']:.1%}" if unseen["actors"] else "-",
+            "acc": f"{test['accuracy']:.1%}",
             "F1": f"{test['macro_f1']:.1%}", "ECE": f"{test['ece']:.3f}",
             "perfect": f"{row['ece_if_perfect']:.3f}", "val UAR": f"{held_out['uar']:.1%}",
             "val NLL": f"{held_out['nll']:.3f}"})
@@ -1769,7 +1774,7 @@ def report_summary(cfg):
             "seeds are standard deviations over one of them.",
             "The 95 % interval draws actors with replacement, 2000 times; in rows that read simulated "
             "sentences it draws sentences as well.",
-            "Unseen: actors that are validation in none of these folds, so that no choice has heard them.",
+            "Unseen: actors that are validation in no fold, so that no choice has heard them.",
             "ECE: calibration error of the pooled test predictions; perfect: what clips drawn from these "
             "very probabilities would show.", *(f"Mind: {mark}." for mark in marks(cfg))],
             [table.iloc[:, :6], table.iloc[:, [0, *range(6, table.shape[1])]]])

@@ -897,9 +897,20 @@ def test_an_ensemble_joins_the_seeds_of_each_fold_and_stays_as_long():
 
 
 def test_the_ece_of_calibrated_clips_shrinks_with_their_number():
-    probabilities = predictions(4)[er.EMOTIONS].to_numpy()
-    few, many = (er.calibration_error_if_perfect(np.tile(probabilities, (n, 1))) for n in (1, 16))
-    assert 0 < many < few / 3 and er.calibration_error_if_perfect(np.eye(8)) < 1e-6
+    table = predictions(4)
+    probabilities, clips = table[er.EMOTIONS].to_numpy(), table["clip"].to_numpy()
+    few, many = (er.calibration_error_if_perfect(np.tile(probabilities, (n, 1)), np.arange(n * len(clips)))
+                 for n in (1, 16))
+    assert 0 < many < few / 3 and er.calibration_error_if_perfect(np.eye(8), np.arange(8)) < 1e-6
+    twice = er.calibration_error_if_perfect(np.tile(probabilities, (2, 1)), np.tile(clips, 2))
+    assert twice == pytest.approx(few)  # a second seed of the same clips makes them no more
+
+
+def test_a_corpus_of_other_actors_can_have_no_unseen_ones():
+    table = predictions(5, actors=4).assign(actor=lambda table: table["actor"] % 2 + 2)
+    row = er.summarize_row(table, np.full(10, 0.5))
+    assert row["unseen"] == {"actors": 0, "uar": None}
+    assert "-" in er.summary_table({"cnn": row | {"title": "AudioCNN"}})["0 unseen"].to_list()
 
 
 def test_every_fold_and_seed_has_its_own_settings_and_folder():
@@ -999,6 +1010,15 @@ def test_unusable_clips_are_named_and_left_out_and_the_run_goes_on(finished, cap
 def test_a_flac_file_that_was_cut_is_left_out():
     path = written("a.flac", speech())
     cut(path, path.stat().st_size // 2)
+    assert isinstance(er.prepare_clip(path, config()), str)
+
+
+def test_a_flac_file_of_unknown_length_is_left_out():
+    path = written("a.flac", speech())
+    content = bytearray(path.read_bytes())
+    content[21] &= 0xF0
+    content[22:26] = bytes(4)  # the number of samples, 36 bits
+    path.write_bytes(content)
     assert isinstance(er.prepare_clip(path, config()), str)
 
 
