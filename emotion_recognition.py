@@ -10,6 +10,7 @@ Trains and compares seven ways to tell eight emotions apart on speakers the mode
 
     python emotion_recognition.py                                everything, on the corpus in archive/
     python emotion_recognition.py --demo                         everything, on a small synthetic corpus
+    python emotion_recognition.py --folds 0,1,2,3,4              the cross-validation, every actor tested once
     python emotion_recognition.py --phase fusion --epochs-cnn 5  a part of it, with other settings
     python emotion_recognition.py --help                         every setting is a constant and a flag
 
@@ -37,6 +38,7 @@ import shlex
 import shutil
 import sys
 import time
+import timeit
 from collections import Counter, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -128,28 +130,22 @@ class UserError(Exception):
         return [f"error: {self}"]
 
 
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are UserErrors, so that a notebook cell survives them."""
-
-    def error(self, message):
-        """Raise what argparse would print."""
-        raise UserError(f"{message} (--help lists every flag)")
-
-
 def make_parser():
     """The command line: a flag per constant, its default read now, its help from the comment."""
-    parser = Parser(prog="emotion_recognition.py", allow_abbrev=False, argument_default=argparse.SUPPRESS,
-                    description="Speech emotion recognition on RAVDESS: sound, words, and both.")
+    def stop(message):
+        """In place of a SystemExit, so that a notebook cell survives a mistyped flag."""
+        raise UserError(f"{message} (--help lists every flag)")
+    parser = argparse.ArgumentParser(
+        prog="emotion_recognition.py", allow_abbrev=False, argument_default=argparse.SUPPRESS,
+        description="Speech emotion recognition on RAVDESS: sound, words, and both.")
+    parser.error = stop
     source = Path(__file__).read_text(encoding="utf-8") if "__file__" in globals() else ""
     texts = dict(re.findall(r"^([A-Z_]+) = .+?  # (.+)$", source, re.MULTILINE))
     for name, kind in SETTINGS.items():
-        flag, text = flag_of(name), f"{texts.get(name, '')} (default: {globals()[name]})".replace("%", "%%")
-        if kind is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
-        else:
-            choices = CHOICES.get(name.lower())
-            metavar = None if choices else kind.__name__
-            parser.add_argument(flag, type=kind, choices=choices, help=text, metavar=metavar)
+        text, choices = f"{texts.get(name, '')} (default: {globals()[name]})", CHOICES.get(name.lower())
+        options = ({"action": argparse.BooleanOptionalAction} if kind is bool else
+                   {"type": kind, "choices": choices, "metavar": None if choices else kind.__name__})
+        parser.add_argument(flag_of(name), help=text.replace("%", "%%"), **options)
     return parser
 
 
@@ -165,7 +161,8 @@ def parse_settings(argv=None):
         for name, value in DEMO_SETTINGS.items():
             values[name] = min(values[name], value) if name.startswith("epochs") else value
         values.update(ravdess_path="archive/demo/corpus", bert_model="archive/demo/distilbert")
-        given["output_dir"] = str(Path(given.get("output_dir", values["output_dir"]), "demo"))
+        folder, named = Path((values | given)["output_dir"]), given if "output_dir" in given else values
+        named["output_dir"] = str(folder if "demo" in folder.parts else folder / "demo")
     cfg = SimpleNamespace(**(values | given), given=sorted(given))
     cfg.cache_dir = cfg.output_dir  # shared by the runs of a cross-validation
     check_settings(cfg)
@@ -341,8 +338,7 @@ def index_clips(folder):
     repetition, sex, digest of the bytes), and the audit, a dict of counts and of files left out with reasons.
     A name that occurs twice counts once; two names with the same bytes are both kept. Raises UserError.
     """
-    audit, found = {"folder": str(folder), "left_out": {}, "twins": 0}, {}
-    counts = Counter()
+    audit, found, counts = {"folder": str(folder), "left_out": {}, "twins": 0}, {}, Counter()
     for path, kind, codes in audio_files(folder):
         counts[kind] += 1
         if kind == "speech" and path.stem in found:
@@ -444,112 +440,100 @@ def split_clips(clips, cfg):
             raise UserError(f"too few clips under --ravdess-path for --split random ({error})") from error
     names = np.select([clips[key].isin(test), clips[key].isin(validation)], ["test", "validation"], "train")
     clips = clips.assign(split=names)
-    for emotion in EMOTIONS:
-        for split in SPLITS:
-            if not ((clips["emotion"] == emotion) & (clips["split"] == split)).any():
-                raise UserError(f"no {emotion} clip is left for {split} among those like {clips['path'][0]}: "
-                                "complete the folder of --ravdess-path or choose other --folds")
+    for emotion, split in itertools.product(EMOTIONS, SPLITS):
+        if not ((clips["emotion"] == emotion) & (clips["split"] == split)).any():
+            raise UserError(f"no {emotion} clip is left for {split} among those like {clips['path'][0]}: "
+                            "complete the folder of --ravdess-path or choose other --folds")
     return clips
 
 
 # %% 7. Sentences and transcripts
 # Fold k tests the sentences k::5 of an emotion; cue words recur in all five fifths.
 SENTENCES = {
-    "neutral": """
-        I paid the bill at the post office. | My appointment is at ten on Friday. | I take the bus to the
-        shop. | I sent the letter on Friday. | The train to work leaves at ten. | The train was on time this
-        morning. | The next bus leaves at six. | I have to pay the bill by Friday. | I left the keys on the
-        kitchen table. | I need the form for the meeting. | The meeting is on Monday at ten. | I usually buy
-        bread on Monday. | We need milk and bread for Sunday. | I usually go to work by train. | We usually
-        have lunch at one. | He bought some bread at the shop. | I put his phone number on the list. | The
-        shop is closed for lunch. | The office opens at nine on Monday. | I put the form on the table. | My
-        keys are in the bag by the door. | I sent the form to the office. | She moved our lunch to Friday. |
-        My next appointment is at six. | She printed the form for me. | The bus to work leaves at nine. | I
-        called him about the meeting. | The box is on the office table. | The shopping list is in my bag. |
-        The shop on my street closes at six.""",
-    "calm": """
-        I drink tea and watch the rain. | I fall asleep in a soft blanket. | I rest my hands and breathe out.
-        | I slowly fall asleep by the fire. | A warm bath and a quiet night. | I close my eyes and breathe in.
-        | There is no rush, rest a little. | I rest by the warm fire. | The lake is still and the air is warm.
-        | The cat is asleep on my blanket. | The garden is still this evening. | We take a slow walk by the
-        lake. | My bed is soft and warm. | We sit by the sea and watch the waves. | I listen to soft music in
-        bed. | The waves come in slowly. | I listen to the slow waves. | I lie in bed and hear the rain. |
-        There is no rush this evening. | I take a slow breath and let it go. | Sunday morning is slow and
-        easy. | Soft rain falls on the window. | I sit in the garden with my tea. | The clouds drift by my
-        window. | Warm rain falls on the lake. | The fire is low and the light is soft. | The house is quiet
-        this evening. | My breathing is slow and easy now. | There is nothing to do but rest. | I lie in the
-        grass by the lake.""",
-    "happy": """
-        The baby laughs when I sing to her. | I won the prize, come and celebrate. | He made me laugh so much.
-        | I sing at work, life is so good. | My friends sang for my birthday. | I'm so proud, she passed the
-        exam. | Best birthday I've had in my life. | I can't wait for our holiday. | The whole family came to
-        celebrate. | We are having a baby, I can't wait. | Great news, the baby is here. | It's so good to
-        sing with friends. | We laughed until the morning. | I passed the exam, let's celebrate. | I love my
-        new job, it's wonderful. | We danced all night at the party. | I love having my family together. | I
-        love this song, dance with me. | Come and dance, what a great day. | She gave me a hug and we laughed.
-        | He came home with the best news. | I got the job, I can't stop smiling. | She said yes and we
-        danced. | What wonderful news, I'm so proud. | We won and everyone cheered. | Our holiday starts
-        today, let's go. | Our team won, what a wonderful day. | It was the best party of my life. | My baby
-        can't stop smiling at me. | We sing and dance in the kitchen.""",
-    "sad": """
-        It hurts to see his old chair. | She left me and I eat alone now. | He died before I could say
-        goodbye. | He left without saying goodbye. | Her side of the bed is empty now. | My life is so empty
-        without her. | My friends are gone and I'm alone. | I miss my dad more every day. | His chair is empty
-        now. | I miss him most at night. | Dad is gone, I never said goodbye. | I cried when he went into
-        hospital. | It hurts to look at our old photos. | Mum is gone and I miss her voice. | I was in tears
-        when she left. | My dog died last winter. | I lost everyone I had. | Nobody came to his funeral. | We
-        lost the baby last winter. | I sit alone with his old photos. | Nobody calls me on Sunday anymore. | I
-        miss the way she used to sing. | I cried in the kitchen last night. | I don't want to eat anymore. | I
-        cried at the funeral. | I cried over his last letter. | I lost my best friend last winter. | The house
-        is empty without mum. | I keep the last letter she wrote. | Mum used to call me every night.""",
-    "angry": """
-        You ruined a whole day of my work. | I'm sick of your excuses, get out. | You had no right to read
-        that. | He was so rude I slammed the door. | Shut up, I told you to stop that. | I'm sick of you
-        shouting at me. | How dare he blame me for this? | I told him to shut up and get out. | You lied to me
-        about the money. | How dare you read my letters? | You broke it and you don't care. | I slammed the
-        door because he lied. | Stop shouting at me all the time. | This is your fault, don't blame me. | Stop
-        making excuses for him. | You lie and then you blame me. | It's your fault we are late again. |
-        Enough, nobody here listens to me. | I told you a hundred times to stop. | I've had enough of your
-        lies. | He cheated me out of my money. | You took my money without asking. | My boss lied to us again.
-        | Enough, I slammed the phone down. | Don't talk to me like that. | Don't you dare touch my car again.
-        | You never listen to what I told you. | Give me back my money right now. | You never listen, I'm sick
-        of it. | Get out of my kitchen right now.""",
-    "fearful": """
-        Hide quick before he comes back. | My hands are shaking, I can't move. | He has a knife, we have to
-        run. | Footsteps are coming up the stairs. | Don't move, he might hear us. | I'm shaking, please don't
-        hurt me. | I locked myself in, please hurry. | I hear someone behind the door. | Please don't leave me
-        in the dark. | I heard footsteps behind me. | There's a man outside with a knife. | Someone whispered
-        my name at night. | Whisper, they might be watching us. | Quick, lock the door and hide. | Something
-        moved behind the door. | Someone is watching our house. | It's dark and I hear footsteps. | I hide
-        under the bed in the dark. | Someone is inside, I locked that door. | I heard a noise outside. | I
-        want to scream but I can't move. | Help me, he's right behind me. | I heard a scream in the street. |
-        My heart is pounding, please help me. | My legs are shaking, I can't run. | I won't go down the dark
-        stairs. | A man was following me, so I ran. | Call the police, there's a man outside. | Someone is
-        following me home. | There is someone at my window.""",
-    "disgust": """
-        Someone threw up all over the bus. | The bin is full of flies and worms. | There's a worm in my soup.
-        | The cheese is green with mould. | I bit into a rotten apple. | His hands are greasy and filthy. |
-        The kitchen floor is so sticky. | I nearly threw up from the smell. | There are flies all over the
-        meat. | Ugh, I stepped in something slimy. | The rubbish stinks, take it out. | That meat makes my
-        stomach turn. | Ugh, his breath smells rotten. | The toilet stinks and it's filthy. | The smell of it
-        turns my stomach. | There is mould on the cheese. | The milk is sour, throw it away. | The fish is
-        slimy and makes me gag. | Ugh, there's spit all over my cup. | Throw that mouldy bread away. | The
-        toilet at work makes me gag. | There's slimy hair in the bath. | The sink is full of greasy hair. |
-        Ugh, he spits on the kitchen floor. | The fridge stinks of sour milk. | There is a slimy hair in my
-        soup. | Who left this filthy thing here? | Something rotten is in the fridge. | Ugh, the table is all
-        sticky. | The bathroom is full of mould.""",
-    "surprised": """
-        I never expected a letter from him. | Really, you did that in one day? | Are you serious, I won the
-        car? | My old boss called out of nowhere. | No way, she is your sister? | Suddenly the box was full of
-        money. | Why is there a horse in the garden? | Wait, you mean he never left? | Oh, I thought you were
-        in Paris. | I had no idea you could sing. | Are you serious, they picked me? | Wait, you are the new
-        boss? | Wow, you came all this way for me? | Wow, I didn't know it was that big. | Wait, the whole
-        shop is gone? | Oh wow, is that really for me? | I didn't know you two were sisters. | Wait, how did
-        this get in my bag? | No way, you really know him? | What, you two are getting married? | He came to
-        my door out of nowhere. | Since when do you speak French? | Suddenly the whole room cheered. | I never
-        expected to see you here. | I can't believe you made all this. | How did he get in here? | I can't
-        believe you have a twin. | I had no idea you were married. | Since when do you have a dog? | How did
-        you know my name?""",
+    "neutral": """I paid the bill at the post office. | My appointment is at ten on Friday. | I take the bus
+    to the shop. | I sent the letter on Friday. | The train to work leaves at ten. | The train was on time
+    this morning. | The next bus leaves at six. | I have to pay the bill by Friday. | I left the keys on the
+    kitchen table. | I need the form for the meeting. | The meeting is on Monday at ten. | I usually buy bread
+    on Monday. | We need milk and bread for Sunday. | I usually go to work by train. | We usually have lunch
+    at one. | He bought some bread at the shop. | I put his phone number on the list. | The shop is closed for
+    lunch. | The office opens at nine on Monday. | I put the form on the table. | My keys are in the bag by
+    the door. | I sent the form to the office. | She moved our lunch to Friday. | My next appointment is at
+    six. | She printed the form for me. | The bus to work leaves at nine. | I called him about the meeting. |
+    The box is on the office table. | The shopping list is in my bag. | The shop on my street closes at
+    six.""",
+    "calm": """I drink tea and watch the rain. | I fall asleep in a soft blanket. | I rest my hands and
+    breathe out. | I slowly fall asleep by the fire. | A warm bath and a quiet night. | I close my eyes and
+    breathe in. | There is no rush, rest a little. | I rest by the warm fire. | The lake is still and the air
+    is warm. | The cat is asleep on my blanket. | The garden is still this evening. | We take a slow walk by
+    the lake. | My bed is soft and warm. | We sit by the sea and watch the waves. | I listen to soft music in
+    bed. | The waves come in slowly. | I listen to the slow waves. | I lie in bed and hear the rain. | There
+    is no rush this evening. | I take a slow breath and let it go. | Sunday morning is slow and easy. | Soft
+    rain falls on the window. | I sit in the garden with my tea. | The clouds drift by my window. | Warm rain
+    falls on the lake. | The fire is low and the light is soft. | The house is quiet this evening. | My
+    breathing is slow and easy now. | There is nothing to do but rest. | I lie in the grass by the lake.""",
+    "happy": """The baby laughs when I sing to her. | I won the prize, come and celebrate. | He made me laugh
+    so much. | I sing at work, life is so good. | My friends sang for my birthday. | I'm so proud, she passed
+    the exam. | Best birthday I've had in my life. | I can't wait for our holiday. | The whole family came to
+    celebrate. | We are having a baby, I can't wait. | Great news, the baby is here. | It's so good to sing
+    with friends. | We laughed until the morning. | I passed the exam, let's celebrate. | I love my new job,
+    it's wonderful. | We danced all night at the party. | I love having my family together. | I love this
+    song, dance with me. | Come and dance, what a great day. | She gave me a hug and we laughed. | He came
+    home with the best news. | I got the job, I can't stop smiling. | She said yes and we danced. | What
+    wonderful news, I'm so proud. | We won and everyone cheered. | Our holiday starts today, let's go. | Our
+    team won, what a wonderful day. | It was the best party of my life. | My baby can't stop smiling at me. |
+    We sing and dance in the kitchen.""",
+    "sad": """It hurts to see his old chair. | She left me and I eat alone now. | He died before I could say
+    goodbye. | He left without saying goodbye. | Her side of the bed is empty now. | My life is so empty
+    without her. | My friends are gone and I'm alone. | I miss my dad more every day. | His chair is empty
+    now. | I miss him most at night. | Dad is gone, I never said goodbye. | I cried when he went into
+    hospital. | It hurts to look at our old photos. | Mum is gone and I miss her voice. | I was in tears when
+    she left. | My dog died last winter. | I lost everyone I had. | Nobody came to his funeral. | We lost the
+    baby last winter. | I sit alone with his old photos. | Nobody calls me on Sunday anymore. | I miss the way
+    she used to sing. | I cried in the kitchen last night. | I don't want to eat anymore. | I cried at the
+    funeral. | I cried over his last letter. | I lost my best friend last winter. | The house is empty without
+    mum. | I keep the last letter she wrote. | Mum used to call me every night.""",
+    "angry": """You ruined a whole day of my work. | I'm sick of your excuses, get out. | You had no right to
+    read that. | He was so rude I slammed the door. | Shut up, I told you to stop that. | I'm sick of you
+    shouting at me. | How dare he blame me for this? | I told him to shut up and get out. | You lied to me
+    about the money. | How dare you read my letters? | You broke it and you don't care. | I slammed the door
+    because he lied. | Stop shouting at me all the time. | This is your fault, don't blame me. | Stop making
+    excuses for him. | You lie and then you blame me. | It's your fault we are late again. | Enough, nobody
+    here listens to me. | I told you a hundred times to stop. | I've had enough of your lies. | He cheated me
+    out of my money. | You took my money without asking. | My boss lied to us again. | Enough, I slammed the
+    phone down. | Don't talk to me like that. | Don't you dare touch my car again. | You never listen to what
+    I told you. | Give me back my money right now. | You never listen, I'm sick of it. | Get out of my kitchen
+    right now.""",
+    "fearful": """Hide quick before he comes back. | My hands are shaking, I can't move. | He has a knife, we
+    have to run. | Footsteps are coming up the stairs. | Don't move, he might hear us. | I'm shaking, please
+    don't hurt me. | I locked myself in, please hurry. | I hear someone behind the door. | Please don't leave
+    me in the dark. | I heard footsteps behind me. | There's a man outside with a knife. | Someone whispered
+    my name at night. | Whisper, they might be watching us. | Quick, lock the door and hide. | Something moved
+    behind the door. | Someone is watching our house. | It's dark and I hear footsteps. | I hide under the bed
+    in the dark. | Someone is inside, I locked that door. | I heard a noise outside. | I want to scream but I
+    can't move. | Help me, he's right behind me. | I heard a scream in the street. | My heart is pounding,
+    please help me. | My legs are shaking, I can't run. | I won't go down the dark stairs. | A man was
+    following me, so I ran. | Call the police, there's a man outside. | Someone is following me home. | There
+    is someone at my window.""",
+    "disgust": """Someone threw up all over the bus. | The bin is full of flies and worms. | There's a worm in
+    my soup. | The cheese is green with mould. | I bit into a rotten apple. | His hands are greasy and filthy.
+    | The kitchen floor is so sticky. | I nearly threw up from the smell. | There are flies all over the meat.
+    | Ugh, I stepped in something slimy. | The rubbish stinks, take it out. | That meat makes my stomach turn.
+    | Ugh, his breath smells rotten. | The toilet stinks and it's filthy. | The smell of it turns my stomach.
+    | There is mould on the cheese. | The milk is sour, throw it away. | The fish is slimy and makes me gag. |
+    Ugh, there's spit all over my cup. | Throw that mouldy bread away. | The toilet at work makes me gag. |
+    There's slimy hair in the bath. | The sink is full of greasy hair. | Ugh, he spits on the kitchen floor. |
+    The fridge stinks of sour milk. | There is a slimy hair in my soup. | Who left this filthy thing here? |
+    Something rotten is in the fridge. | Ugh, the table is all sticky. | The bathroom is full of mould.""",
+    "surprised": """I never expected a letter from him. | Really, you did that in one day? | Are you serious,
+    I won the car? | My old boss called out of nowhere. | No way, she is your sister? | Suddenly the box was
+    full of money. | Why is there a horse in the garden? | Wait, you mean he never left? | Oh, I thought you
+    were in Paris. | I had no idea you could sing. | Are you serious, they picked me? | Wait, you are the new
+    boss? | Wow, you came all this way for me? | Wow, I didn't know it was that big. | Wait, the whole shop is
+    gone? | Oh wow, is that really for me? | I didn't know you two were sisters. | Wait, how did this get in
+    my bag? | No way, you really know him? | What, you two are getting married? | He came to my door out of
+    nowhere. | Since when do you speak French? | Suddenly the whole room cheered. | I never expected to see
+    you here. | I can't believe you made all this. | How did he get in here? | I can't believe you have a
+    twin. | I had no idea you were married. | Since when do you have a dog? | How did you know my name?""",
 }
 
 def sentence_bank():
@@ -602,24 +586,18 @@ def load_whisper(cfg, device):
     way_out = "or leave out --no-use-simulated-sentences"
     try:
         import whisper
+        return whisper, whisper.load_model(cfg.whisper_model, device="cuda" if device == "cuda" else "cpu")
     except ImportError as error:
         raise UserError(f"Whisper is not there ({error}): pip install openai-whisper, {way_out}") from error
-    try:
-        return whisper, whisper.load_model(cfg.whisper_model, device="cuda" if device == "cuda" else "cpu")
     except Exception as error:  # no such name, no network, or a file that is something else
         raise UserError(f"--whisper-model {cfg.whisper_model} cannot be loaded ({type(error).__name__}): "
                         f"name a Whisper checkpoint, {way_out}") from error
 
 
-def whisper_cache(cfg):
-    """Where Whisper's transcripts are kept."""
-    name = Path(cfg.whisper_model).name.removesuffix(".pt")
-    return Path(cfg.cache_dir, f"ravdess_transcripts_whisper_{name}.pkl")
-
-
 def transcribe(clips, cfg, device):
     """Whisper's English transcripts (greedy, first 30 s), cached batch by batch under keys of the audio."""
-    source, path = Path(cfg.whisper_model), whisper_cache(cfg)
+    source = Path(cfg.whisper_model)
+    path = Path(cfg.cache_dir, f"ravdess_transcripts_whisper_{source.name.removesuffix('.pt')}.pkl")
     cache = read_cache(path)
     texts = cache.setdefault(digest(source.read_bytes()) if source.is_file() else cfg.whisper_model, {})
     todo = clips[~clips["digest"].isin(texts)].drop_duplicates("digest")
@@ -780,7 +758,7 @@ def load_text_encoder(name):
 
 
 # %% 10. Batches
-VIEWS = (1.0, 1.0), (0.94, 1.0), (1.06, 1.0), (1.0, 1.105), (1.0, 0.905)  # of a test clip: speed, stretch
+VIEWS = (1.0, 1.0), (0.94, 1.0), (1.06, 1.0), (1.0, 1.105), (1.0, 0.905)  # of a test clip: speed, tempo
 
 
 class ClipDataset(Dataset):
@@ -812,15 +790,15 @@ class AudioDataset(ClipDataset):
         batch = super().__getitem__(rows) | {"traits": self.traits[rows].to(self.device)}
         n = len(rows)
         if self.augment:
-            speed, stretch = torch.exp(spread((n, 1), 0.17)), torch.exp(spread((n, 1), 0.15))
+            speed, tempo = torch.exp(spread((n, 1), 0.17)), torch.exp(spread((n, 1), 0.15))
             place, warp, shift = torch.rand(n, 1), torch.exp(spread((n, 1), 0.08)), spread((n, 1), 0.06)
-            batch["mel"] = disturb(self.read(rows, place, speed, speed * stretch, warp, shift))
+            batch["mel"] = disturb(self.read(rows, place, speed, speed * tempo, warp, shift))
             return mix(batch, self.mixup) if self.mixup else batch
         if self.view == VIEWS[0]:
             starts = [(len(self.mels[row]) - self.frames) // 2 for row in rows]
             return batch | {"mel": self.cut(rows, starts, self.frames)}
-        speed, stretch = (torch.full((n, 1), value) for value in self.view)
-        return batch | {"mel": self.read(rows, 0.5, speed, speed * stretch)}
+        speed, tempo = (torch.full((n, 1), value) for value in self.view)
+        return batch | {"mel": self.read(rows, 0.5, speed, speed * tempo)}
 
     def cut(self, rows, starts, frames):
         """Frames from `starts` on: (B, 1, M, frames); beyond a clip's ends its outermost frames repeat."""
@@ -845,40 +823,30 @@ class AudioDataset(ClipDataset):
 
 
 class TextDataset(ClipDataset):
-    """Token ids (B, L); with `augment` each word is hidden with probability WORD_DROPOUT."""
+    """Token ids (B, L), with sound if the model reads it; `augment` hides words, WORD_DROPOUT of them."""
 
     def __init__(self, clips, model, cfg, device, augment=False):
         super().__init__(clips, device)
+        self.sound = AudioDataset(clips, cfg, device, augment) if "mel" in model.inputs else None
         self.tensors, self.p = model.tokenize(list(clips["transcript"])), cfg.word_dropout if augment else 0.0
         self.ids, self.hidden_id = next(iter(self.tensors)), model.hidden_id
         self.special_ids = torch.tensor(model.special_ids)
 
     def __getitem__(self, rows):
-        batch = {key: tensor[rows] for key, tensor in self.tensors.items()}
+        batch = self.sound[rows] if self.sound else super().__getitem__(rows)
+        batch |= {key: tensor[rows] for key, tensor in self.tensors.items()}
         if self.p:
             ids = batch[self.ids]
             hide = (torch.rand(ids.shape) < self.p) & ~torch.isin(ids, self.special_ids)
             batch[self.ids] = ids.masked_fill(hide, self.hidden_id)
-        return super().__getitem__(rows) | {key: tensor.to(self.device) for key, tensor in batch.items()}
-
-
-class FusionDataset(ClipDataset):
-    """Sound and words of the same clips in one batch."""
-
-    def __init__(self, clips, model, cfg, device, augment=False):
-        super().__init__(clips, device)
-        self.parts = (AudioDataset(clips, cfg, device, augment),
-                      TextDataset(clips, model, cfg, device, augment))
-
-    def __getitem__(self, rows):
-        return {key: value for part in self.parts for key, value in part[rows].items()}
+        return {key: tensor.to(self.device) for key, tensor in batch.items()}
 
 
 def make_dataset(model, clips, cfg, device, augment=False):
     """The dataset of what a model reads (`model.inputs`): sound, words, or both."""
     if model.inputs == ("mel",):
         return AudioDataset(clips, cfg, device, augment, cfg.mixup)
-    return (FusionDataset if "mel" in model.inputs else TextDataset)(clips, model, cfg, device, augment)
+    return TextDataset(clips, model, cfg, device, augment)
 
 
 def batches_of(dataset, size, shuffle=False):
@@ -957,6 +925,7 @@ class ResidualBlock(nn.Module):
         super().__init__()
 
         def normed(*shape):
+            """A convolution and its normalisation."""
             return nn.Conv2d(*shape, bias=False), nn.BatchNorm2d(outputs)
         self.body = nn.Sequential(*normed(inputs, outputs, 3, stride, 1), nn.ReLU(),
                                   *normed(outputs, outputs, 3, 1, 1))
@@ -1201,7 +1170,8 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device, enabled=self.precision == torch.float16)
         self.loss = nn.CrossEntropyLoss(label_smoothing=settings["label_smoothing"])
 
-        def move(average, current, count):  # faster at first, so that a short training forgets its start
+        def move(average, current, count):
+            """The next average; faster at first, so that a short training forgets its start."""
             decay = min(settings["ema_decay"], (1 + count) / (10 + count))
             return average + (current - average) * (1 - decay)
         self.average = AveragedModel(model, avg_fn=move, use_buffers=True)
@@ -1256,6 +1226,7 @@ def predict(model, dataset):
 def fit_temperature(logits, labels):
     """The temperature that minimises the NLL of softmax(logits / temperature) (Guo et al. 2017)."""
     def nll(log_temperature):
+        """What is minimised."""
         return float(F.cross_entropy(logits / math.exp(log_temperature), labels))
     return math.exp(minimize_scalar(nll, bounds=(-2.5, 2.5), method="bounded").x)
 
@@ -1353,7 +1324,7 @@ def differences(old, new):
                      for key in new if old.get(key) != new[key])
 
 
-def out_of_date(cfg, name, clips):
+def out_of_date(cfg, name, clips=None):
     """Why a model must be trained, in words; "" when its files can be reused as they are."""
     paths = [file_of(cfg, kind, name) for kind in FILES]
     if not all(path.exists() for path in paths):
@@ -1407,6 +1378,11 @@ def versions():
     """The versions of what a result depends on."""
     return {"python": platform.python_version(), "platform": platform.platform(terse=True),
             **{module.__name__: str(module.__version__) for module in (torch, np, pd)}}
+
+
+def text_of(named):
+    """Names and values in one line."""
+    return ", ".join(f"{name} {value}" for name, value in named.items())
 
 
 # %% 15. Plots
@@ -1518,8 +1494,8 @@ docx_advice = "pip install python-docx, then --phase report makes it"
 MEANING = (
     "UAR is the mean of the eight recalls; guessing gives 12.5 %. Nobody who speaks in the test split was "
     "heard in training, unless this report says that speakers are shared.",
-    "One fold tests five actors, and figures move by ten points and more from one set of actors to the next: "
-    "compare systems over all five folds, never on one.",
+    "One fold tests a fifth of the actors, and figures move by ten points and more from one set of actors to "
+    "the next: compare systems over all five folds, never on one.",
     "Temperatures are fitted on the validation split, so its NLL and ECE flatter a little. The test split is "
     "scored by the final models and decides nothing.",
     "Simulated sentences are drawn by label. Rows that read them show how text and fusion work, not how well "
@@ -1557,8 +1533,11 @@ def add_table(document, table):
     document.add_paragraph()  # tables that touch become one
 
 
-def new_document(title, cfg):
-    """An empty docx document with the marks of this run on every page."""
+def write_document(path, title, sections, cfg):
+    """Write a .docx with the marks of this run on every page.
+
+    `sections` maps headings to lists of sentences (bullet points), DataFrames, and Paths of pictures.
+    """
     import docx
     from docx.shared import Cm
     document = docx.Document()
@@ -1566,53 +1545,46 @@ def new_document(title, cfg):
     page.left_margin = page.right_margin = Cm(2)
     page.header.paragraphs[0].text = "; ".join(marks(cfg)) or "RAVDESS, unseen speakers"
     document.add_heading(title, 0)
-    return document
-
-
-def add_section(document, title, lines=(), tables=(), plots=()):
-    """Append a heading, bullet points, DataFrames and picture files to a docx document."""
-    from docx.shared import Cm
-    document.add_heading(title, 1)
-    for line in lines:
-        document.add_paragraph(line, "List Bullet")
-    for table in tables:
-        add_table(document, table)
-    for path in plots:
-        document.add_picture(str(path), width=Cm(17))
+    for heading, parts in sections.items():
+        document.add_heading(heading, 1)
+        for part in parts:
+            if isinstance(part, pd.DataFrame):
+                add_table(document, part)
+            elif isinstance(part, Path):
+                document.add_picture(str(part), width=Cm(17))
+            else:
+                document.add_paragraph(part, "List Bullet")
+    with replacing(path) as temporary:
+        document.save(temporary)
 
 
 def write_report(figures, audit, config, cfg):
     """Write the report as .docx from what the other stages left; needs no model."""
-    rows, document = figures["rows"], new_document("Speech emotion recognition: report", cfg)
-    section = functools.partial(add_section, document)
+    rows, table = figures["rows"], result_table(figures["rows"])
     ran = {name: row for name, row in rows.items() if row["status"] == "run"}
     best = max(ran, key=lambda name: ran[name]["validation"]["uar"])
     shown = [name for name in ran if name in ("cnn", best)]
-    table = result_table(rows)
-
-    section("Summary", [
-        *("{title}: {uar:.1%} UAR, {accuracy:.1%} accuracy on {clips} test clips{note}.".format(
-            note=" (best row on validation)" if name == best else "", **ran[name]["test"], **ran[name])
-          for name in shown), *(f"Mind: {mark}." for mark in figures["marks"])])
-    section("Data and split", describe_audit(audit))
-    fitted = ["train acc", "val acc", "val UAR"]
     tested = [column for column in table if column.startswith("test")]
-    section("Training and validation accuracy", tables=[table.drop(columns=tested)])
-    section("Test results", [f"Text encoder of the BERT rows: {config['settings']['bert_model']}."],
-            [table.drop(columns=fitted)])
     groups = [{"model": row["title"]} | {group: f"{uar:.1%}" for group, uar in row["groups"]["test"].items()}
               for row in ran.values()]
-    section("Test UAR by intensity and sex", tables=[pd.DataFrame(groups)])
+    sections = {
+        "Summary": [
+            *("{title}: {uar:.1%} UAR, {accuracy:.1%} accuracy on {clips} test clips{note}.".format(
+                note=" (best row on validation)" if name == best else "", **ran[name]["test"], **ran[name])
+              for name in shown), *(f"Mind: {mark}." for mark in figures["marks"])],
+        "Data and split": describe_audit(audit),
+        "Training and validation accuracy": [table.drop(columns=tested)],
+        "Test results": [f"Text encoder of the BERT rows: {config['settings']['bert_model']}.",
+                         table.drop(columns=["train acc", "val acc", "val UAR"])],
+        "Test UAR by intensity and sex": [pd.DataFrame(groups)]}
     for name in shown:
-        by_emotion = pd.DataFrame(ran[name]["test"]["per_class"]).T.round(3)
-        section(f"{ran[name]['title']}: test results by emotion, and the most confident mistakes", tables=[
-            by_emotion.rename_axis("emotion").reset_index(), pd.DataFrame(ran[name]["mistakes"])])
-    section("Plots", plots=plot_paths(rows, cfg))
-    section("What the figures mean, and what they do not", MEANING)
-    section("How to repeat this", [config["command"], ", ".join(map(" ".join, config["versions"].items()))])
-    section("Settings", tables=[pd.DataFrame(config["settings"].items(), columns=["setting", "value"])])
-    with replacing(Path(cfg.output_dir, REPORT)) as temporary:
-        document.save(temporary)
+        by_emotion = pd.DataFrame(ran[name]["test"]["per_class"]).T.round(3).rename_axis("emotion")
+        sections[f"{ran[name]['title']}: test results by emotion, and the most confident mistakes"] = [
+            by_emotion.reset_index(), pd.DataFrame(ran[name]["mistakes"])]
+    write_document(Path(cfg.output_dir, REPORT), "Speech emotion recognition: report", sections | {
+        "Plots": plot_paths(rows, cfg), "What the figures mean, and what they do not": MEANING,
+        "How to repeat this": [config["command"], text_of(config["versions"])],
+        "Settings": [pd.DataFrame(config["settings"].items(), columns=["setting", "value"])]}, cfg)
 
 
 # %% 17. Cross-validation
@@ -1667,11 +1639,11 @@ def summarize_row(table, draws):
         lambda rows: recall(rows["true"], rows["predicted"]))
     chosen_on = set(held_out["actor"]) | set(itertools.chain(*VALIDATION_ACTORS))  # of any fold, run or not
     by_run, unseen = by_run.unstack(), test[~test["actor"].isin(chosen_on)]  # (folds, seeds)
-    spread = {"folds": by_run.mean(axis=1).std(), "seeds": by_run.mean(axis=0).std()}
+    deviation = {"folds": by_run.mean(axis=1).std(), "seeds": by_run.mean(axis=0).std()}
     return {
         "uar": float(by_run.to_numpy().mean()), "interval": np.quantile(draws, (0.025, 0.975)).tolist(),
         "by_fold": {str(fold): float(uar) for fold, uar in by_run.mean(axis=1).items()},
-        "spread": {key: float(np.nan_to_num(value)) for key, value in spread.items()},
+        "spread": {key: float(np.nan_to_num(value)) for key, value in deviation.items()},
         "unseen": {"actors": unseen["actor"].nunique(),
                    "uar": recall(unseen["true"], unseen["predicted"]) if len(unseen) else None},
         "by_actor": {str(actor): recall(part["true"], part["predicted"])
@@ -1701,15 +1673,13 @@ def summarize(runs, cfg):
         save(folder / "predictions" / f"{name}_out_of_fold.csv", test.assign(marks="; ".join(marks(cfg))))
     pairs = []
     for first, second in itertools.combinations(tests, 2):
-        shared = weights[second if reads_oracle(second, cfg) else first]
-        draws = weighted_uar(shared, tests[first]) - weighted_uar(shared, tests[second])
+        draws = weighted_uar(weights[second], tests[first]) - weighted_uar(weights[second], tests[second])
         low, high = np.quantile(draws, (0.025, 0.975))
         gap = rows[first]["test"]["uar"] - rows[second]["test"]["uar"]
         pairs.append((titles[first], titles[second], gap, low, high))
     columns = ["row", "against", "difference", "low", "high"]
     save(folder / "comparisons.csv", pd.DataFrame(pairs, columns=columns))
-    save(folder / "summary.json", {"marks": marks(cfg), "rows": rows})
-    save_settings(cfg)
+    save(folder / "summary.json", described(cfg) | {"rows": rows})
     print(f"\nAll {len(runs)} runs: {'; '.join(marks(cfg))}\n{summary_table(rows).to_string(index=False)}")
 
 
@@ -1763,28 +1733,29 @@ def plot_summary(rows, pairs, cfg):
 def report_summary(cfg):
     """The page of figures and the .docx of a cross-validation, from summary.json and comparisons.csv."""
     folder = Path(cfg.output_dir)
-    rows = read_back(folder / "summary.json")["rows"]
-    pairs = read_back(folder / "comparisons.csv", pd.read_csv)
-    plot_summary(rows, pairs, cfg)
-    if importlib.util.find_spec("docx"):
-        document, table = new_document("Cross-validation: unseen speakers", cfg), summary_table(rows)
-        add_section(document, "Results on unseen speakers", [
+    summary, pairs = read_back(folder / "summary.json"), read_back(folder / "comparisons.csv", pd.read_csv)
+    plot_summary(summary["rows"], pairs, cfg)
+    document, table = folder / "cross_validation_report.docx", summary_table(summary["rows"])
+    if importlib.util.find_spec("docx") is None:
+        print(f"{document} is left out: {docx_advice}")
+        return
+    points = {key: (100 * pairs[key]).map("{:+.1f}".format) for key in ("difference", "low", "high")}
+    write_document(document, "Cross-validation: unseen speakers", {
+        "Results on unseen speakers": [
             f"Folds {cfg.folds}, {cfg.runs} run(s) of each, seeds from {cfg.seed}; each actor of these folds "
             "is tested by models that never heard it. UAR is the mean over folds and seeds; SD folds and SD "
             "seeds are standard deviations over one of them.",
-            "The 95 % interval draws actors with replacement, 2000 times; in rows that read simulated "
-            "sentences it draws sentences as well.",
+            "The 95 % interval is of the UAR of all test predictions pooled. It draws actors with "
+            "replacement, 2000 times; in rows that read simulated sentences it draws sentences as well.",
             "Unseen: actors that are validation in no fold, so that no choice has heard them.",
             "ECE: calibration error of the pooled test predictions; perfect: what clips drawn from these "
-            "very probabilities would show.", *(f"Mind: {mark}." for mark in marks(cfg))],
-            [table.iloc[:, :6], table.iloc[:, [0, *range(6, table.shape[1])]]])
-        add_section(document, "Figures", plots=[plot_path("cross_validation", cfg)])
-        points = {key: (100 * pairs[key]).map("{:+.1f}".format) for key in ("difference", "low", "high")}
-        add_section(document, "Paired differences in UAR, in points", tables=[pairs.assign(**points)])
-        add_section(document, "What the figures mean, and what they do not", MEANING)
-        add_section(document, "How to repeat this", [read_back(folder / "config.json")["command"]])
-        with replacing(folder / "cross_validation_report.docx") as temporary:
-            document.save(temporary)
+            "very probabilities would show.", *(f"Mind: {mark}." for mark in summary["marks"]),
+            table.iloc[:, :6], table.iloc[:, [0, *range(6, table.shape[1])]]],
+        "Figures": [plot_path("cross_validation", cfg)],
+        "Paired differences in pooled UAR, in points": [pairs.assign(**points)],
+        "What the figures mean, and what they do not": MEANING,
+        "How to repeat this": [summary["command"], text_of(summary["versions"])]}, cfg)
+    print(f"Report: {document}")
 
 
 # %% 18. The demo
@@ -1825,6 +1796,7 @@ def synthesize(emotion, actor, rng, rate):
 def write_demo_corpus(folder, actors=range(1, 25), statements=(1, 2), rate=16000):
     """Write synthetic clips under RAVDESS names, one per actor, emotion and statement, if missing."""
     def write(name):
+        """Write the clip of one RAVDESS name."""
         path, emotion = Path(folder, f"Actor_{name[-2:]}", f"{name}.wav"), EMOTIONS[int(name[6:8]) - 1]
         if not path.exists():
             rng = np.random.default_rng(int(name.replace("-", "")))
@@ -1861,11 +1833,9 @@ def reuse(title, key, files, cfg, make):
     save(path, key.encode())
 
 
-def data_phase(corpus, cfg, device):
-    """Index, check, transform, split and transcribe the clips of a folder: `clips` with all its columns."""
+def data_phase(clips, audit, cfg, device):
+    """Split and transcribe clips that have features: the table of one run, with all its columns."""
     from sklearn.preprocessing import LabelEncoder
-    clips, audit = index_clips(corpus)
-    clips = add_features(clips, audit, cfg)
     clips = add_transcripts(split_clips(clips, cfg), cfg, device)
     audit, folder, table = complete_audit(clips, audit), Path(cfg.output_dir), clips.drop(columns="mel")
     print("\n".join(describe_audit(audit)))
@@ -1889,30 +1859,20 @@ def models_to_run(cfg):
     return [name for name in MODELS if name in asked and phases.get(cfg.phase, bool)(name)]
 
 
-def check_needs(runs, names, cfg, device):
-    """Find now what would stop the run after an hour: packages, encoder, Whisper, disk. Raises UserError."""
+def check_needs(runs, names, cfg):
+    """Find now what would stop the run after an hour: packages, encoder, disk. Raises UserError."""
     load_torchaudio()
-    folder = Path(cfg.output_dir)
-    for run in runs:
-        trained = read_if_usable(file_of(run, "checkpoint", "bert")).get("fingerprint", {})
-        if "bert" in names and differences(trained, fingerprint(run, "bert")):
-            load_text_encoder(cfg.bert_model)
-    if not cfg.use_simulated_sentences and not whisper_cache(cfg).exists():
-        load_whisper(cfg, device)
+    todo = {(run.output_dir, name) for run in runs for name in names if out_of_date(run, name)}
+    if any(name == "bert" for _, name in todo):
+        load_text_encoder(cfg.bert_model)
     if importlib.util.find_spec("docx") is None:
         print(f"The .docx will be left out: {docx_advice}")
+    folder = Path(cfg.output_dir)
     save(folder / "cache" / "writable.key", b"")
-    free, need = shutil.disk_usage(folder).free / 1e9, (0.1 if cfg.demo else 1.0) * (1 + len(runs))
+    large = 0 if cfg.demo else sum("bert" in name for _, name in todo)  # their checkpoints, new and previous
+    free, need = shutil.disk_usage(folder).free / 1e9, 0.1 + 0.6 * large
     if free < need:
-        raise UserError(f"{folder} has {free:.1f} GB left of the {need} needed: name another --output-dir")
-
-
-def read_if_usable(path):
-    """The contents of a checkpoint, {} where there is none that can be used."""
-    try:
-        return read_checkpoint(path)
-    except UserError:
-        return {}
+        raise UserError(f"{folder} has {free:.1f} GB left of {need:.1f} needed: name another --output-dir")
 
 
 def epoch_seconds(name, clips, cfg, device, trained):
@@ -1920,12 +1880,9 @@ def epoch_seconds(name, clips, cfg, device, trained):
     settings, path = settings_for(cfg, name), file_of(cfg, "checkpoint", name)
     model = (restore_model(path).to(device) if trained else build_model(name, clips, cfg, device)).train()
     train = make_dataset(model, clips[clips["split"] == "train"], cfg, device, augment=True)
-    trainer, rows, times = Trainer(model, settings, 10, device), list(range(len(train))), []
-    for _ in range(3):
-        start = time.perf_counter()
-        trainer.step(train[rows[:settings["batch_size"]]])
-        times.append(time.perf_counter() - start)
-    return min(times) * len(train) / settings["batch_size"]
+    trainer, rows = Trainer(model, settings, 10, device), list(range(len(train)))[:settings["batch_size"]]
+    seconds = min(timeit.repeat(lambda: trainer.step(train[rows]), number=1, repeat=3))
+    return seconds * len(train) / settings["batch_size"]
 
 
 def plan_training(clips, names, cfg, device):
@@ -1940,7 +1897,9 @@ def plan_training(clips, names, cfg, device):
     precision, total = str(training_precision(device)).removeprefix("torch."), 0.0
     print(f"\nPlan: {device} in {precision}, {torch.get_num_threads()} threads, results in {cfg.output_dir}")
     for name in names:
-        old, epochs = read_if_usable(file_of(cfg, "checkpoint", name)), settings_for(cfg, name)["epochs"]
+        old, epochs = {}, settings_for(cfg, name)["epochs"]
+        with contextlib.suppress(UserError):
+            old = read_checkpoint(file_of(cfg, "checkpoint", name))
         before = f"{old['epochs']} epochs, validation UAR {old['scores']['uar']:.1%}" if old else ""
         if name not in todo:
             print(f"  {MODELS[name].title:24} reused ({before})")
@@ -2008,7 +1967,7 @@ def evaluate_phase(clips, cfg, device):
             reason = reason and f"{reason} did not run"
         path = file_of(cfg, "predictions", name)
         if name == "cnn_views" and not reason:
-            key = digest(fingerprint(cfg, "cnn", clips), cfg.test_views)
+            key = digest(file_of(cfg, "predictions", "cnn").read_bytes(), cfg.test_views)
             reuse("views", key, [path], cfg, lambda path=path: save(path, combine_views(clips, cfg, device)))
         elif name not in MODELS and not reason:
             save(path, combine_late(name, cfg))
@@ -2019,35 +1978,26 @@ def evaluate_phase(clips, cfg, device):
     save(Path(cfg.output_dir, "metrics.json"), {
         "marks": marks(cfg), "classes": EMOTIONS, "rows": rows,
         "audit": digest(read_back(Path(cfg.output_dir, "audit.json")))})
-    save_settings(cfg)
+    save(Path(cfg.output_dir, "config.json"), described(cfg))
     print("\n" + "; ".join(marks(cfg)) + "\n" + result_table(rows).to_string(index=False))
 
 
-def save_settings(cfg):
-    """Write config.json: the settings, the command that repeats the run, and versions."""
-    flags = [flag_of(key, value) for key, value in settings_of(cfg).items()
-             if key in cfg.given and not (key == "output_dir" and cfg.demo)]
-    command = " ".join(["python emotion_recognition.py", *flags])
-    save(Path(cfg.output_dir, "config.json"), {
-        "command": command, "marks": marks(cfg), "settings": settings_of(cfg), "versions": versions()})
+def described(cfg):
+    """How a run was made: the command that repeats it, its marks, settings and versions, as builtins."""
+    flags = [flag_of(key, value) for key, value in settings_of(cfg).items() if key in cfg.given]
+    return {"command": " ".join(["python emotion_recognition.py", *flags]), "marks": marks(cfg),
+            "settings": settings_of(cfg), "versions": versions()}
 
 
-def saved_settings(cfg):
-    """The settings of the finished run in OUTPUT_DIR, but for the flags that were given. Raises UserError."""
-    saved = read_back(Path(cfg.output_dir, "config.json"))["settings"]
+def saved_settings(path, cfg):
+    """The settings in config.json or summary.json, with the flags given. Raises UserError on a conflict."""
+    saved = read_back(path)["settings"]
     asked = {key: getattr(cfg, key) for key in {"phase", "output_dir", *cfg.given}}
+    for key in ("folds", "runs", "seed", "demo"):
+        if asked.get(key, saved[key]) != saved[key]:
+            raise UserError(f"{flag_of(key, asked[key])} contradicts {path} ({saved[key]}): leave that flag "
+                            "out or train with --phase all")
     return SimpleNamespace(**(vars(cfg) | saved | asked))
-
-
-def check_report(cfg):
-    """Raise a UserError if a checkpoint in OUTPUT_DIR was made with other settings."""
-    for name, row in read_back(Path(cfg.output_dir, "metrics.json"))["rows"].items():
-        if name in MODELS and row["status"] == "run":
-            path = file_of(cfg, "checkpoint", name)
-            changed = differences(read_checkpoint(path)["fingerprint"], fingerprint(cfg, name))
-            if changed:
-                raise UserError(f"{path} was made otherwise ({changed}): leave that flag out or "
-                                "train with --phase all")
 
 
 def report_phase(cfg):
@@ -2060,8 +2010,15 @@ def report_phase(cfg):
         raise UserError(f"{folder / 'audit.json'} is of a later run than metrics.json: use --phase all")
     if all(row["status"] != "run" for row in rows.values()):
         raise UserError(f"no model in {folder} is trained: run --phase all or name another --output-dir")
+    for name in [name for name in MODELS if rows[name]["status"] == "run"]:
+        path = file_of(cfg, "checkpoint", name)
+        changed = differences(read_checkpoint(path)["fingerprint"], fingerprint(cfg, name))
+        if changed:
+            raise UserError(f"{path} was made otherwise ({changed}): leave that flag out or "
+                            "train with --phase all")
 
     def make():
+        """Draw and write everything anew."""
         plot_curves(rows, cfg)
         plot_comparison(rows, cfg)
         for name, row in rows.items():
@@ -2074,27 +2031,16 @@ def report_phase(cfg):
     print(f"Report: {document}" if with_docx else f"{document} is left out: {docx_advice}")
 
 
-def run_phases(corpus, names, cfg, device):
-    """One fold and seed: data, training, evaluation and report, as far as PHASE goes."""
-    clips = data_phase(corpus, cfg, device)
-    if cfg.phase != "data":
-        for name in plan_training(clips, names, cfg, device):
-            train_model(name, clips, cfg, device)
-        evaluate_phase(clips, cfg, device)
-    if cfg.phase == "all":
-        report_phase(cfg)
-
-
 def report_again(cfg):
-    """Plots and reports of a finished run or cross-validation, from its files alone. Raises UserError."""
+    """Plots and reports of what is finished in OUTPUT_DIR, from its files alone. Raises UserError."""
+    paths = [Path(cfg.output_dir, name) for name in ("config.json", "summary.json")]
     try:
-        cfg = saved_settings(cfg)
-        runs = runs_of(cfg)
-        for run in runs:
-            check_report(run)
-            report_phase(run)
-        if len(runs) > 1:
-            report_summary(cfg)
+        for path in [path for path in paths if path.exists()] or paths[:1]:
+            saved = saved_settings(path, cfg)
+            for run in runs_of(saved):
+                report_phase(run)
+            if path.name == "summary.json":
+                report_summary(saved)
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"metrics.json, config.json or summary.json in {cfg.output_dir} is foreign: make it "
                         "again with --phase all, or name another --output-dir") from error
@@ -2118,12 +2064,21 @@ def main(argv=None):
             write_demo_encoder(cfg.bert_model)
     corpus = find_corpus(cfg)
     if cfg.phase != "data":
-        check_needs(runs, names, cfg, device)
-    for number, run in enumerate(runs, 1):
+        check_needs(runs, names, cfg)
+    clips, audit = index_clips(corpus)
+    clips = add_features(clips, audit, cfg)
+    tables = [data_phase(clips, audit, run, device) for run in runs]  # first: a fold that cannot be ends it
+    if cfg.phase == "data":
+        return None
+    for number, (run, table) in enumerate(zip(runs, tables), 1):
         if len(runs) > 1:
             print(f"\n=== Run {number} of {len(runs)}: fold {run.folds}, seed {run.seed}")
-        run_phases(corpus, names, run, device)
-    if len(runs) > 1 and cfg.phase != "data":
+        for name in plan_training(table, names, run, device):
+            train_model(name, table, run, device)
+        evaluate_phase(table, run, device)
+        if cfg.phase == "all":
+            report_phase(run)
+    if len(runs) > 1:
         summarize(runs, cfg)
         if cfg.phase == "all":
             report_summary(cfg)

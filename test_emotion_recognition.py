@@ -18,6 +18,7 @@ import os
 import pickle
 import re
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
@@ -616,6 +617,14 @@ def test_report_has_its_tables_pictures_and_marks(finished):
     assert "synthetic" in document.sections[0].header.paragraphs[0].text
 
 
+@pytest.mark.parametrize("argv", ["--demo", "--demo --output-dir mine", "--demo --folds 0,1",
+                                  "--folds 1,2 --runs 2"])
+def test_the_command_of_every_run_names_its_settings_and_folder(argv):
+    for run in er.runs_of(er.parse_settings(argv.split())):
+        again = er.parse_settings(shlex.split(er.described(run)["command"])[2:])
+        assert er.settings_of(again) == er.settings_of(run) and er.runs_of(again) == [again]
+
+
 def test_the_command_that_is_written_down_gives_the_same_settings(finished):
     saved = read_json(finished / OUTPUT / "config.json")
     assert saved["command"].startswith("python emotion_recognition.py --")
@@ -946,7 +955,12 @@ def test_cross_validation_pools_all_runs_and_resumes(finished, trained, capsys, 
     assert len({read_json(folder / "config.json")["command"] for folder in folders}) == 4
     er.main(command)
     assert len(trained) == 8
-    er.report_summary(er.saved_settings(er.parse_settings([])))
+    for plot in ("plot_curves", "plot_comparison", "plot_confusion", "write_report"):  # of each run
+        monkeypatch.setattr(er, plot, lambda *_: None)
+    monkeypatch.setattr(er, "plot_paths", lambda *_: [])
+    with pytest.raises(er.UserError, match=r"--folds 0 contradicts .*summary\.json .0,1."):
+        er.main(["--phase", "report", "--folds", "0"])
+    er.main(["--phase", "report"])
     import docx
     document = docx.Document("outputs/cross_validation_report.docx")
     assert len(document.inline_shapes) == 1 and len(document.tables[0].rows) == 7
