@@ -652,7 +652,8 @@ def peak_of(samples):
 
 def trim_silence(samples, rate, trim_db):
     """Cut both ends that lie `trim_db` below the clip's own peak, but for 50 ms before and 100 ms after."""
-    limit = samples.dtype.type(0.9999 * peak_of(samples) * 10 ** (-trim_db / 20))  # -32768 has no positive
+    limit = 0.9999 * peak_of(samples) * 10 ** (-trim_db / 20)  # -32768 has no positive
+    limit = samples.dtype.type(math.ceil(limit) if samples.dtype.kind == "i" else limit)
     loud = ((samples >= limit) | (samples <= -limit)).tobytes()  # bytes are searched fast
     return samples[max(0, loud.index(1) - rate // 20):loud.rindex(1) + rate // 10]
 
@@ -698,7 +699,7 @@ def add_features(clips, audit, cfg):
     """
     load_torchaudio()
     folder = Path(cfg.cache_dir, "cache")
-    key = digest(list(clips["digest"]), {name: getattr(cfg, name) for name in FEATURES})
+    key = digest("version 2", list(clips["digest"]), {name: getattr(cfg, name) for name in FEATURES})
     data, index = folder / f"log_mel_{key}.npy", folder / f"log_mel_{key}.json"
     if not (data.exists() and index.exists()):
         prepared = in_parallel(lambda path: prepare_clip(path, cfg), clips["path"], "Log-mel spectrograms")
@@ -762,43 +763,50 @@ VIEWS = (1.0, 1.0), (0.94, 1.0), (1.06, 1.0), (1.0, 1.105), (1.0, 0.905)  # of a
 
 
 class ClipDataset(Dataset):
-    """Labels of clips; a subclass adds what its models read. Indexed by a list of rows, it gives a batch."""
+    """Labels of clips and what a model reads of them (`model.inputs`). Indexed by rows, it gives a batch.
 
-    def __init__(self, clips, device):
-        self.device = device
+    Log-mel windows (B, 1, M, T) are the middle of each clip, or with `augment` a random view of it, mixed up
+    if the model only listens; of the words (B, L), `augment` hides WORD_DROPOUT.
+    """
+
+    def __init__(self, clips, model, cfg, device, augment=False):
+        self.model, self.device, self.augment, self.view = model, device, augment, VIEWS[0]
         self.labels = torch.tensor([EMOTIONS.index(emotion) for emotion in clips["emotion"]])
+        self.mels = list(clips["mel"]) if "mel" in model.inputs else []
+        self.words = {} if model.inputs == ("mel",) else model.tokenize(list(clips["transcript"]))
+        self.frames = round(cfg.clip_seconds * cfg.sampling_rate / cfg.hop_length)
+        self.rate, self.word_dropout, self.mixup = cfg.sampling_rate, cfg.word_dropout, cfg.mixup
+        traits = [clips["intensity"] == 2, clips["statement"] == 2, clips["sex"] == "male"]
+        self.traits = torch.tensor(np.stack(traits, axis=1), dtype=torch.float32)  # (N, 3)
 
     def __len__(self):
         return len(self.labels)
 
     def __getitem__(self, rows):
-        return {"label": self.labels[rows].to(self.device)}
+        batch = {"label": self.labels[rows], "traits": self.traits[rows]}
+        batch |= {key: ids[rows] for key, ids in self.words.items()}
+        if self.augment and self.words:
+            ids = next(iter(self.words))
+            hide = torch.rand(batch[ids].shape) < self.word_dropout
+            hide &= ~torch.isin(batch[ids], torch.tensor(self.model.special_ids))
+            batch[ids] = batch[ids].masked_fill(hide, self.model.hidden_id)
+        batch = {key: tensor.to(self.device) for key, tensor in batch.items()}
+        if self.mels:
+            batch["mel"] = self.windows(rows)
+        return mix(batch, self.mixup) if self.augment and self.mixup and not self.words else batch
 
-
-class AudioDataset(ClipDataset):
-    """Log-mel windows (B, 1, M, T): the middle of each clip, or with `augment` a random view of it."""
-
-    def __init__(self, clips, cfg, device, augment=False, mixup=0.0):
-        super().__init__(clips, device)
-        self.mels, self.augment, self.mixup, self.view = list(clips["mel"]), augment, mixup, VIEWS[0]
-        self.frames = round(cfg.clip_seconds * cfg.sampling_rate / cfg.hop_length)
-        self.rate = cfg.sampling_rate
-        traits = [clips["intensity"] == 2, clips["statement"] == 2, clips["sex"] == "male"]
-        self.traits = torch.tensor(np.stack(traits, axis=1), dtype=torch.float32)  # (N, 3)
-
-    def __getitem__(self, rows):
-        batch = super().__getitem__(rows) | {"traits": self.traits[rows].to(self.device)}
+    def windows(self, rows):
+        """Log-mel windows (B, 1, M, T) of clips, as `augment` and `view` say."""
         n = len(rows)
         if self.augment:
             speed, tempo = torch.exp(spread((n, 1), 0.17)), torch.exp(spread((n, 1), 0.15))
             place, warp, shift = torch.rand(n, 1), torch.exp(spread((n, 1), 0.08)), spread((n, 1), 0.06)
-            batch["mel"] = disturb(self.read(rows, place, speed, speed * tempo, warp, shift))
-            return mix(batch, self.mixup) if self.mixup else batch
+            return disturb(self.read(rows, place, speed, speed * tempo, warp, shift))
         if self.view == VIEWS[0]:
             starts = [(len(self.mels[row]) - self.frames) // 2 for row in rows]
-            return batch | {"mel": self.cut(rows, starts, self.frames)}
+            return self.cut(rows, starts, self.frames)
         speed, tempo = (torch.full((n, 1), value) for value in self.view)
-        return batch | {"mel": self.read(rows, 0.5, speed, speed * tempo)}
+        return self.read(rows, 0.5, speed, speed * tempo)
 
     def cut(self, rows, starts, frames):
         """Frames from `starts` on: (B, 1, M, frames); beyond a clip's ends its outermost frames repeat."""
@@ -820,33 +828,6 @@ class AudioDataset(ClipDataset):
         band = bands_heard(speed, mel.shape[2], self.rate) * warp + shift  # (B, M)
         grid = torch.stack(torch.broadcast_tensors(time[:, None], band[:, :, None]), dim=3)  # (B, M, T, 2)
         return F.grid_sample(mel, grid.to(self.device).clamp(-1, 1), align_corners=True)  # as MPS can
-
-
-class TextDataset(ClipDataset):
-    """Token ids (B, L), with sound if the model reads it; `augment` hides words, WORD_DROPOUT of them."""
-
-    def __init__(self, clips, model, cfg, device, augment=False):
-        super().__init__(clips, device)
-        self.sound = AudioDataset(clips, cfg, device, augment) if "mel" in model.inputs else None
-        self.tensors, self.p = model.tokenize(list(clips["transcript"])), cfg.word_dropout if augment else 0.0
-        self.ids, self.hidden_id = next(iter(self.tensors)), model.hidden_id
-        self.special_ids = torch.tensor(model.special_ids)
-
-    def __getitem__(self, rows):
-        batch = self.sound[rows] if self.sound else super().__getitem__(rows)
-        batch |= {key: tensor[rows] for key, tensor in self.tensors.items()}
-        if self.p:
-            ids = batch[self.ids]
-            hide = (torch.rand(ids.shape) < self.p) & ~torch.isin(ids, self.special_ids)
-            batch[self.ids] = ids.masked_fill(hide, self.hidden_id)
-        return {key: tensor.to(self.device) for key, tensor in batch.items()}
-
-
-def make_dataset(model, clips, cfg, device, augment=False):
-    """The dataset of what a model reads (`model.inputs`): sound, words, or both."""
-    if model.inputs == ("mel",):
-        return AudioDataset(clips, cfg, device, augment, cfg.mixup)
-    return TextDataset(clips, model, cfg, device, augment)
 
 
 def batches_of(dataset, size, shuffle=False):
@@ -966,7 +947,9 @@ class AudioCNN(Encoder):
         deviation, mean = torch.std_mean(batch["mel"], dim=(2, 3), keepdim=True)
         x = (batch["mel"] - mean) / (deviation + 1e-5)
         x = self.convolutions(x)  # (B, 1, M, T) -> (B, 128, M / 16, S)
-        x = F.adaptive_avg_pool2d(x, (4, x.shape[3])).flatten(1, 2)  # (B, 4 * 128, S)
+        if x.shape[2] != 4:  # not 64 mel bands
+            x = F.adaptive_avg_pool2d(x, (4, x.shape[3]))
+        x = x.flatten(1, 2)  # (B, 4 * 128, S)
         x = self.project(x).transpose(1, 2)  # (B, S, 128)
         return x + self.recurrent(x)[0], torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
 
@@ -1340,8 +1323,8 @@ def train_model(name, clips, cfg, device):
     settings, path = settings_for(cfg, name), file_of(cfg, "checkpoint", name)
     model = build_model(name, clips, cfg, device)
     parts = {split: clips[clips["split"] == split] for split in SPLITS}
-    train = make_dataset(model, parts["train"], cfg, device, augment=True)
-    fixed = {split: make_dataset(model, part, cfg, device) for split, part in parts.items()}
+    train = ClipDataset(parts["train"], model, cfg, device, augment=True)
+    fixed = {split: ClipDataset(part, model, cfg, device) for split, part in parts.items()}
     size = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"\n{MODELS[name].title}: {size:,} trained parameters, {len(train)} clips", flush=True)
     model, history = fit(model, train, fixed["validation"], settings, device)
@@ -1879,7 +1862,7 @@ def epoch_seconds(name, clips, cfg, device, trained):
     """About how long an epoch of a unimodal model takes, from three training steps."""
     settings, path = settings_for(cfg, name), file_of(cfg, "checkpoint", name)
     model = (restore_model(path).to(device) if trained else build_model(name, clips, cfg, device)).train()
-    train = make_dataset(model, clips[clips["split"] == "train"], cfg, device, augment=True)
+    train = ClipDataset(clips[clips["split"] == "train"], model, cfg, device, augment=True)
     trainer, rows = Trainer(model, settings, 10, device), list(range(len(train)))[:settings["batch_size"]]
     seconds = min(timeit.repeat(lambda: trainer.step(train[rows]), number=1, repeat=3))
     return seconds * len(train) / settings["batch_size"]
@@ -1931,7 +1914,7 @@ def combine_late(name, cfg):
 def combine_views(clips, cfg, device):
     """AudioCNN's predictions from TEST_VIEWS views of each clip, as a predictions table."""
     model = restore_model(file_of(cfg, "checkpoint", "cnn")).to(device)
-    dataset, tables = make_dataset(model, clips, cfg, device), []
+    dataset, tables = ClipDataset(clips, model, cfg, device), []
     for dataset.view in VIEWS[:cfg.test_views]:
         tables.append(predictions_table(clips, predict(model, dataset).softmax(dim=1).numpy()))
     return pool(tables).assign(marks="; ".join(marks(cfg)))
