@@ -22,6 +22,7 @@ Simulated sentences are drawn by label: they show what the code does, not what w
 # %% 2. Imports
 import argparse
 import contextlib
+import copy
 import functools
 import hashlib
 import importlib.util
@@ -52,11 +53,9 @@ import soundfile
 import soxr
 import torch
 import torch.nn.functional as F
-from scipy.optimize import minimize_scalar
 from sklearn import metrics
 from sklearn.model_selection import train_test_split
 from torch import nn
-from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
 from tqdm.auto import tqdm
 
@@ -166,6 +165,7 @@ def parse_settings(argv=None):
     cfg = SimpleNamespace(**(values | given), given=sorted(given))
     cfg.cache_dir = cfg.output_dir  # shared by the runs of a cross-validation
     check_settings(cfg)
+    cfg.folds, cfg.run_models = (",".join(names_in(names)) for names in (cfg.folds, cfg.run_models))
     return cfg
 
 
@@ -772,7 +772,10 @@ class ClipDataset(Dataset):
     def __init__(self, clips, model, cfg, device, augment=False):
         self.model, self.device, self.augment, self.view = model, device, augment, VIEWS[0]
         self.labels = torch.tensor([EMOTIONS.index(emotion) for emotion in clips["emotion"]])
-        self.mels = list(clips["mel"]) if "mel" in model.inputs else []
+        self.lengths = torch.tensor([len(mel) for mel in clips["mel"]])  # in frames
+        self.firsts = self.lengths.cumsum(0) - self.lengths
+        heard = list(clips["mel"]) if "mel" in model.inputs else []
+        self.mels = torch.from_numpy(np.concatenate(heard)).to(device) if heard else None  # (all T, M)
         self.words = {} if model.inputs == ("mel",) else model.tokenize(list(clips["transcript"]))
         self.frames = round(cfg.clip_seconds * cfg.sampling_rate / cfg.hop_length)
         self.rate, self.word_dropout, self.mixup = cfg.sampling_rate, cfg.word_dropout, cfg.mixup
@@ -791,7 +794,7 @@ class ClipDataset(Dataset):
             hide &= ~torch.isin(batch[ids], torch.tensor(self.model.special_ids))
             batch[ids] = batch[ids].masked_fill(hide, self.model.hidden_id)
         batch = {key: tensor.to(self.device) for key, tensor in batch.items()}
-        if self.mels:
+        if self.mels is not None:
             batch["mel"] = self.windows(rows)
         return mix(batch, self.mixup) if self.augment and self.mixup and not self.words else batch
 
@@ -803,16 +806,15 @@ class ClipDataset(Dataset):
             place, warp, shift = torch.rand(n, 1), torch.exp(spread((n, 1), 0.08)), spread((n, 1), 0.06)
             return disturb(self.read(rows, place, speed, speed * tempo, warp, shift))
         if self.view == VIEWS[0]:
-            starts = [(len(self.mels[row]) - self.frames) // 2 for row in rows]
-            return self.cut(rows, starts, self.frames)
+            return self.cut(rows, (self.lengths[rows] - self.frames) // 2, self.frames)
         speed, tempo = (torch.full((n, 1), value) for value in self.view)
         return self.read(rows, 0.5, speed, speed * tempo)
 
     def cut(self, rows, starts, frames):
-        """Frames from `starts` on: (B, 1, M, frames); beyond a clip's ends its outermost frames repeat."""
-        windows = [self.mels[row][np.clip(np.arange(start, start + frames), 0, len(self.mels[row]) - 1)]
-                   for row, start in zip(rows, starts)]
-        return torch.from_numpy(np.stack(windows)).to(self.device).float().transpose(1, 2)[:, None]
+        """Frames from `starts` (B,) on, (B, 1, M, frames); at its ends a clip's outermost frames repeat."""
+        places = (starts[:, None] + torch.arange(frames)).clamp(min=0)  # (B, frames)
+        places = places.minimum(self.lengths[rows, None] - 1) + self.firsts[rows, None]
+        return self.mels[places.to(self.device)].float().transpose(1, 2)[:, None]
 
     def read(self, rows, place, speed, step, warp=1.0, shift=0.0):
         """Windows (B, 1, M, T) at a `place` from 0 to 1, in another voice, `step` frames of the clip a frame.
@@ -820,10 +822,10 @@ class ClipDataset(Dataset):
         Played s times as fast, a clip lasts 1 / s as long and what was at f Hz is heard at s * f Hz: both are
         a matter of where in the spectrogram to read (Jaitly and Hinton 2013 warp vocal tracts much alike).
         """
-        slack = torch.tensor([[float(len(self.mels[row]))] for row in rows]) - self.frames * step
+        slack = self.lengths[rows, None] - self.frames * step  # (B, 1)
         starts = place * slack  # of the window in the clip; negative: of the clip in the window
         source = math.ceil(self.frames * float(step.max())) + 2
-        mel = self.cut(rows, starts[:, 0].floor().int().tolist(), source)
+        mel = self.cut(rows, starts[:, 0].floor().long(), source)
         time = (starts - starts.floor() + step * torch.arange(self.frames)) * 2 / (source - 1) - 1  # (B, T)
         band = bands_heard(speed, mel.shape[2], self.rate) * warp + shift  # (B, M)
         grid = torch.stack(torch.broadcast_tensors(time[:, None], band[:, :, None]), dim=3)  # (B, M, T, 2)
@@ -1152,12 +1154,15 @@ class Trainer:
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, rate, steps, pct_start=0.15)
         self.scaler = torch.amp.GradScaler(device, enabled=self.precision == torch.float16)
         self.loss = nn.CrossEntropyLoss(label_smoothing=settings["label_smoothing"])
+        self.average, self.ema_decay, self.steps = copy.deepcopy(model), settings["ema_decay"], 0
 
-        def move(average, current, count):
-            """The next average; faster at first, so that a short training forgets its start."""
-            decay = min(settings["ema_decay"], (1 + count) / (10 + count))
-            return average + (current - average) * (1 - decay)
-        self.average = AveragedModel(model, avg_fn=move, use_buffers=True)
+    @torch.no_grad()
+    def update_average(self):
+        """Move the average towards the model; faster at first, so that a short training forgets its start."""
+        decay = min(self.ema_decay, (1 + self.steps) / (10 + self.steps))
+        self.steps += 1
+        for average, current in zip(self.average.state_dict().values(), self.model.state_dict().values()):
+            average.copy_(average.lerp(current, 1 - decay) if average.is_floating_point() else current)
 
     def step(self, batch):
         """Train on one batch; returns (loss, share of clips whose strongest label was found)."""
@@ -1171,7 +1176,7 @@ class Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.schedule.step()
-        self.average.update_parameters(self.model)
+        self.update_average()
         label = batch["label"] if batch["label"].ndim == 1 else batch["label"].argmax(dim=1)
         return float(loss.detach()), float((logits.argmax(dim=1) == label).float().mean())
 
@@ -1188,7 +1193,7 @@ def fit(model, train, validation, settings, device):
         loss, accuracy = np.mean([trainer.step(batch) for batch in loader], axis=0)
         if not math.isfinite(loss):
             raise UserError(f"the training loss is {loss} in epoch {epoch}: lower --learning-rate")
-        logits = predict(trainer.average.module, validation)
+        logits = predict(trainer.average, validation)
         found, true = logits.argmax(dim=1), validation.labels
         history.append({"epoch": epoch, "train_loss": loss, "train_accuracy": accuracy,
                         "validation_loss": float(F.cross_entropy(logits, true)),
@@ -1196,7 +1201,7 @@ def fit(model, train, validation, settings, device):
                         "validation_uar": recall(true, found), "seconds": time.perf_counter() - start})
         print("  {:5d} {:11.3f} {:10.1%} {:10.3f} {:10.1%} {:10.1%} {:8.1f}".format(*history[-1].values()),
               flush=True)
-    return trainer.average.module, pd.DataFrame(history)
+    return trainer.average, pd.DataFrame(history)
 
 
 @torch.inference_mode()
@@ -1208,10 +1213,8 @@ def predict(model, dataset):
 
 def fit_temperature(logits, labels):
     """The temperature that minimises the NLL of softmax(logits / temperature) (Guo et al. 2017)."""
-    def nll(log_temperature):
-        """What is minimised."""
-        return float(F.cross_entropy(logits / math.exp(log_temperature), labels))
-    return math.exp(minimize_scalar(nll, bounds=(-2.5, 2.5), method="bounded").x)
+    grid = np.geomspace(0.5, 12, 300).tolist()  # a validation split without a mistake would ask for 0
+    return min(grid, key=lambda temperature: float(F.cross_entropy(logits / temperature, labels)))
 
 
 def recall(true, predicted):
@@ -1298,7 +1301,7 @@ def fingerprint(cfg, name, clips=None):
 @functools.lru_cache(maxsize=2)
 def folder_digest(folder):
     """A key of the content of all files in a folder."""
-    return digest(*(path.read_bytes() for path in sorted(Path(folder).iterdir()) if path.is_file()))
+    return digest(*(digest(path.read_bytes()) for path in sorted(Path(folder).iterdir()) if path.is_file()))
 
 
 def differences(old, new):
