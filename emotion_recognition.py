@@ -41,7 +41,6 @@ import sys
 import time
 import timeit
 from collections import Counter, namedtuple
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -58,13 +57,14 @@ from sklearn.model_selection import train_test_split
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
 from tqdm.auto import tqdm
+from tqdm.contrib.concurrent import thread_map
 
 # %% 3. Configuration: every constant is a flag (EPOCHS_CNN -> --epochs-cnn), its comment the help text
 # fmt: off
 # What to run
 RAVDESS_PATH = "./archive/audio_speech_actors_01-24/"  # folder that is searched for RAVDESS speech clips
 OUTPUT_DIR = "outputs"           # folder for checkpoints, tables, plots and the report
-PHASE = "all"                    # stages to run; fusion also trains the parts that it lacks
+PHASE = "all"                    # stages to run; fusion trains its parts too if RUN_MODELS has them
 RUN_MODELS = "cnn,rnn,bert,fusion_rnn,fusion_bert"  # models to train, comma-separated
 DEMO = False                     # a small synthetic corpus instead, results in OUTPUT_DIR/demo
 DEVICE = "auto"                  # where to compute; auto takes the fastest that is there
@@ -110,9 +110,12 @@ CHOICES = {
     "split": ("speaker", "random"),
     "test_views": (1, 2, 3, 4, 5),
 }
-REALS = ("trim_db", "clip_seconds", "learning_rate", "weight_decay", "mixup")  # numbers with a fraction
-SHARES = ("dropout", "word_dropout", "label_smoothing", "ema_decay")  # the same, below 1
-LEAST = {"seed": 0, "max_tokens": 4, "sampling_rate": 4000, "n_fft": 64}  # of the others: 1
+LIMITS = {  # from, to below; floats if written so; a name stands for its variants. Others: whole, 1 and more
+    **dict.fromkeys(("trim_db", "clip_seconds", "learning_rate", "weight_decay", "mixup"), (0.0, math.inf)),
+    **dict.fromkeys(("dropout", "word_dropout", "label_smoothing", "ema_decay"), (0.0, 1.0)),
+    "seed": (0, 2**31), "max_tokens": (4, 2**31), "sampling_rate": (4000, 2**31), "n_fft": (64, 2**31),
+    "n_mels": (16, 512),
+}
 DEMO_SETTINGS = {"epochs_cnn": 8, "epochs_fusion": 4, "learning_rate_bert": 2e-3}
 TRAINING = ("epochs", "batch_size", "learning_rate", "weight_decay", "dropout", "label_smoothing",
             "ema_decay")
@@ -140,7 +143,8 @@ def make_parser():
     parser.error = stop
     source = Path(__file__).read_text(encoding="utf-8") if "__file__" in globals() else ""
     texts = dict(re.findall(r"^([A-Z_]+) = .+?  # (.+)$", source, re.MULTILINE))
-    for name, kind in SETTINGS.items():
+    for name in SETTINGS:
+        kind = kind_and_limits(name)[0]
         text, choices = f"{texts.get(name, '')} (default: {globals()[name]})", CHOICES.get(name.lower())
         options = ({"action": argparse.BooleanOptionalAction} if kind is bool else
                    {"type": kind, "choices": choices, "metavar": None if choices else kind.__name__})
@@ -161,7 +165,7 @@ def parse_settings(argv=None):
             values[name] = min(values[name], value) if name.startswith("epochs") else value
         values.update(ravdess_path="archive/demo/corpus", bert_model="archive/demo/distilbert")
         folder, named = Path((values | given)["output_dir"]), given if "output_dir" in given else values
-        named["output_dir"] = str(folder if "demo" in folder.parts else folder / "demo")
+        named["output_dir"] = str(folder if folder.name == "demo" else folder / "demo")
     cfg = SimpleNamespace(**(values | given), given=sorted(given))
     cfg.cache_dir = cfg.output_dir  # shared by the runs of a cross-validation
     check_settings(cfg)
@@ -174,27 +178,30 @@ def runs_of(cfg):
     folds = names_in(cfg.folds)
     if len(folds) * cfg.runs == 1:
         return [cfg]
-    given = sorted({*cfg.given, "folds", "seed", "output_dir"} - {"runs"})
     return [SimpleNamespace(**vars(cfg) | {
-        "folds": fold, "seed": seed, "runs": 1, "given": given,
+        "folds": fold, "seed": seed, "runs": 1,
         "output_dir": str(Path(cfg.output_dir, f"fold_{fold}_seed_{seed}"))})
         for seed in range(cfg.seed, cfg.seed + cfg.runs) for fold in folds]
 
 
+def kind_and_limits(name):
+    """The type of a setting, its least value, and what it must be below; an edited 0 may stand for 0.0."""
+    known = (limits for key, limits in LIMITS.items() if name.lower().startswith(key))
+    low, high = next(known, (1, 2**31))
+    return float if type(low) is float else SETTINGS[name], low, high
+
+
 def check_settings(cfg):
     """Raise a UserError that names the first setting whose type or value cannot be."""
-    for name, kind in SETTINGS.items():
+    for name in SETTINGS:
         key, value, flag = name.lower(), getattr(cfg, name.lower()), flag_of(name)
-        least, share = LEAST.get(key, 1), key.startswith(SHARES)
-        kind = float if key.startswith((*SHARES, *REALS)) else kind  # an edited constant may say 0 for 0.0
-        if not (type(value) is kind or (kind is float and type(value) is int)):
+        kind, low, high = kind_and_limits(name)
+        if type(value) not in (kind, int if kind is float else kind):
             raise UserError(f"{flag} {value!r} is not of type {kind.__name__}")
         if key in CHOICES and value not in CHOICES[key]:
             raise UserError(f"{flag} {value!r} is none of {', '.join(map(repr, CHOICES[key]))}")
-        if kind is int and not least <= value < 2**31:
-            raise UserError(f"{flag} {value} is not a whole number from {least} to {2**31 - 1}")
-        if kind is float and not 0 <= value < (1 if share else math.inf):
-            raise UserError(f"{flag} {value} is not a number from 0 on{' and below 1' if share else ''}")
+        if kind in (int, float) and not low <= value < high:
+            raise UserError(f"{flag} {value} is not a number from {low} to below {high}")
     names = names_in(cfg.run_models)
     if not names or not set(names) <= set(MODELS):
         raise UserError(f"--run-models {cfg.run_models!r} is not a list of names out of {', '.join(MODELS)}")
@@ -274,15 +281,11 @@ def read_back(path, read=lambda path: json.loads(path.read_text(encoding="utf-8"
 
 def in_parallel(function, items, title):
     """[function(item), ...] by a pool of threads, with a progress bar; safe in notebooks and on Windows."""
-    items, threads, results = list(items), torch.get_num_threads(), []
-    chunks = [items[start:start + 16] for start in range(0, len(items), 16)]
+    items, threads = list(items), torch.get_num_threads()
+    torch.set_num_threads(1)  # new threads take this over: one clip, one thread
     try:
-        with (ThreadPoolExecutor(os.cpu_count(), initializer=torch.set_num_threads, initargs=(1,)) as pool,
-              tqdm(desc=title, total=len(items), leave=False, disable=len(items) < 500) as bar):
-            for chunk in pool.map(lambda chunk: [function(item) for item in chunk], chunks):
-                results += chunk
-                bar.update(len(chunk))
-        return results
+        return thread_map(function, items, desc=title, max_workers=os.cpu_count(), leave=False,
+                          disable=len(items) < 500)
     finally:
         torch.set_num_threads(threads)
 
@@ -338,29 +341,28 @@ def index_clips(folder):
     repetition, sex, digest of the bytes), and the audit, a dict of counts and of files left out with reasons.
     A name that occurs twice counts once; two names with the same bytes are both kept. Raises UserError.
     """
-    audit, found, counts = {"folder": str(folder), "left_out": {}, "twins": 0}, {}, Counter()
+    audit, found, counts = {"folder": str(folder), "left_out": {}}, [], Counter()
     for path, kind, codes in audio_files(folder):
         counts[kind] += 1
-        if kind == "speech" and path.stem in found:
-            audit["twins"] += 1
-        elif kind == "speech":
+        if kind == "speech":
             emotion, intensity, statement, repetition, actor = codes[2:]
             if not (1 <= emotion <= len(EMOTIONS) and {intensity, statement, repetition} <= {1, 2} and actor):
                 audit["left_out"][str(path)] = "a code in its name is none of RAVDESS's"
                 continue
-            found[path.stem] = {"clip": path.stem, "path": str(path), "emotion": EMOTIONS[emotion - 1],
-                                "actor": actor, "intensity": intensity, "statement": statement,
-                                "repetition": repetition, "sex": "male" if actor % 2 else "female"}
+            found.append({"clip": path.stem, "path": str(path), "emotion": EMOTIONS[emotion - 1],
+                          "actor": actor, "intensity": intensity, "statement": statement,
+                          "repetition": repetition, "sex": "male" if actor % 2 else "female"})
     if not found:
         raise UserError(f"{folder} holds no RAVDESS speech clip that can be used: see --ravdess-path")
-    clips = pd.DataFrame(found.values()).sort_values("clip", ignore_index=True)
+    clips = pd.DataFrame(found)
     clips["digest"], reasons = zip(*in_parallel(inspect_file, clips["path"], "Reading"))
     audit["left_out"].update((path, reason) for path, reason in zip(clips["path"], reasons) if reason)
-    clips = clips[[not reason for reason in reasons]].reset_index(drop=True)
+    clips = clips[[not reason for reason in reasons]]
     if clips.empty:
         raise UserError(f"no clip in {folder} can be read: see --ravdess-path")
-    same = clips[clips.duplicated("digest", keep=False)].groupby("digest")["clip"]
-    return clips, audit | {"files": dict(counts), "same_bytes": [list(names) for _, names in same]}
+    twin = clips.duplicated("clip")  # now, so that a damaged first copy does not hide a good second one
+    clips = clips[~twin].sort_values("clip", ignore_index=True)
+    return clips, audit | {"files": dict(counts), "twins": int(twin.sum())}
 
 
 def inspect_file(path):
@@ -375,35 +377,24 @@ def inspect_file(path):
     return digest(content), ""
 
 
-def complete_audit(clips, audit):
-    """The audit with what is used, by emotion, actor and split, and what is missing from 24 x 60 clips."""
+def describe_audit(clips, audit):
+    """What was found, used and left out, and what is missing from 24 x 60 clips, as a list of sentences."""
     expected = {f"03-01-{e:02}-{i:02}-{s:02}-{r:02}-{a:02}" for a in range(1, 25) for e in range(1, 9)
                 for i in (1, 2) for s in (1, 2) for r in (1, 2) if (e, i) != (1, 2)}
-    splits = {split: clips[clips["split"] == split] for split in SPLITS}
-    return audit | {
-        "clips": len(clips), "missing": sorted(expected - set(clips["clip"])),
-        "per_emotion": {emotion: int((clips["emotion"] == emotion).sum()) for emotion in EMOTIONS},
-        "per_actor": {str(actor): int(n) for actor, n in clips["actor"].value_counts().sort_index().items()},
-        "splits": {split: {"clips": len(part), "actors": sorted(map(int, part["actor"].unique()))}
-                   for split, part in splits.items()}}
-
-
-def describe_audit(audit):
-    """The audit as a list of sentences."""
-    files = Counter(audit["files"])
+    files, missing = Counter(audit["files"]), sorted(expected - set(clips["clip"]))
+    per_emotion, per_actor = (Counter(clips[column]) for column in ("emotion", "actor"))
+    same = clips[clips.duplicated("digest", keep=False)].groupby("digest")["clip"]
     return [
-        f"{files.total()} audio and video files in {audit['folder']}: {audit['clips']} speech clips of "
-        f"{len(audit['per_actor'])} actors are used; passed over: {audit['twins']} second copies, "
-        f"{files['song']} song, {files['video']} video, {files['other']} other files, "
+        f"{files.total()} audio and video files in {audit['folder']}: {len(clips)} speech clips of "
+        f"{len(per_actor)} actors are used; passed over: {audit['twins']} second copies, {files['song']} "
+        f"song, {files['video']} video, {files['other']} other files, "
         f"{len(audit['left_out'])} unusable clips.",
-        "Clips per emotion: " + ", ".join(f"{e} {n}" for e, n in audit["per_emotion"].items()) + ".",
-        "Clips per actor: " + ", ".join(f"{actor}: {n}" for actor, n in audit["per_actor"].items()) + ".",
-        f"Missing from the 24 x 60 clips of RAVDESS: {len(audit['missing'])}"
-        + (f", the first {audit['missing'][0]}." if audit["missing"] else "."),
-        *(f"Same bytes under two names, both kept: {' = '.join(names)}." for names in audit["same_bytes"]),
-        *(f"Left out: {path}: {reason}." for path, reason in audit["left_out"].items()),
-        *(f"Split {split}: {part['clips']} clips of actors {' '.join(map(str, part['actors']))}."
-          for split, part in audit["splits"].items())]
+        "Clips per emotion: " + ", ".join(f"{emotion} {per_emotion[emotion]}" for emotion in EMOTIONS) + ".",
+        "Clips per actor: " + ", ".join(f"{actor}: {n}" for actor, n in sorted(per_actor.items())) + ".",
+        f"Missing from the 24 x 60 clips of RAVDESS: {len(missing)}"
+        + (f", the first {missing[0]}." if missing else "."),
+        *(f"Same bytes under two names, both kept: {' = '.join(names)}." for _, names in same),
+        *(f"Left out: {path}: {reason}." for path, reason in audit["left_out"].items())]
 
 
 # %% 6. Splits
@@ -445,6 +436,14 @@ def split_clips(clips, cfg):
             raise UserError(f"no {emotion} clip is left for {split} among those like {clips['path'][0]}: "
                             "complete the folder of --ravdess-path or choose other --folds")
     return clips
+
+
+def describe_split(clips, cfg):
+    """The clips and actors of each split as one sentence."""
+    parts = {split: clips[clips["split"] == split] for split in SPLITS}
+    return f"Fold {cfg.folds}: " + "; ".join(
+        f"{split} {len(part)} clips of actors {' '.join(map(str, sorted(part['actor'].unique())))}"
+        for split, part in parts.items()) + "."
 
 
 # %% 7. Sentences and transcripts
@@ -570,6 +569,8 @@ def read_cache(path):
 
 def add_transcripts(clips, cfg, device):
     """Add the column `transcript`, simulated or by Whisper; both leave a cache in OUTPUT_DIR."""
+    if not cfg.use_simulated_sentences and names_in(cfg.run_models) == ["cnn"]:
+        return clips.assign(transcript="")  # nothing reads it
     if not cfg.use_simulated_sentences:
         return clips.assign(transcript=transcribe(clips, cfg, device))
     bank, path = sentence_bank(), Path(cfg.cache_dir, "ravdess_transcripts_simulated.pkl")
@@ -665,7 +666,7 @@ def load_torchaudio():
         return torchaudio.functional
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
         raise UserError(f"torchaudio does not load beside torch {torch.__version__} ({type(error).__name__})"
-                        ': pip install "torch>=2.6,<2.12" "torchaudio>=2.6,<2.12"') from error
+                        ': pip install "torch==2.11.*" "torchaudio==2.11.*"') from error
 
 
 @functools.lru_cache(maxsize=8)
@@ -731,31 +732,37 @@ def build_vocabulary(texts):
     return ["<pad>", "<unk>", *sorted({word for text in texts for word in words_in(text)} - {"<unk>"})]
 
 
+def load_transformers():
+    """The package, or a UserError that says how to go on without it."""
+    try:
+        import transformers
+        return transformers
+    except Exception as error:  # also when it was made for another torch
+        raise UserError(f"transformers cannot be imported ({type(error).__name__}): pip install transformers "
+                        "or go without: --run-models cnn,rnn,fusion_rnn") from error
+
+
 @functools.lru_cache(maxsize=2)
 def load_text_encoder(name):
     """A pretrained DistilBERT-like encoder: (configuration, tokenizer JSON, module). Raises UserError."""
     advice = "name a folder with --bert-model FOLDER, or go without: --run-models cnn,rnn,fusion_rnn"
-    try:
-        import transformers
-    except Exception as error:  # also when it was made for another torch
-        raise UserError(f"transformers cannot be imported ({type(error).__name__}): pip install transformers "
-                        "or go without: --run-models cnn,rnn,fusion_rnn") from error
+    transformers = load_transformers()
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, use_fast=True).backend_tokenizer.to_str()
+        ids = transformers.AutoTokenizer.from_pretrained(name, use_fast=True).backend_tokenizer
         module, info = transformers.AutoModel.from_pretrained(name, output_loading_info=True)
     except Exception as error:  # the hub's clients raise many kinds
         reason = "weights or tokenizer missing" if Path(name).is_dir() else "no network or no such model"
         raise UserError(f"--bert-model {name} cannot be loaded ({reason}): {advice}") from error
     finally:
         transformers.logging.set_verbosity(level)
-    if not {"[PAD]", "[CLS]", "[SEP]", "[MASK]"} <= set(json.loads(tokenizer)["model"]["vocab"]):
+    if None in map(ids.token_to_id, ("[PAD]", "[CLS]", "[SEP]", "[MASK]")):
         raise UserError(f"--bert-model {name} is not of BERT's family, it has other special tokens: {advice}")
     missing = [key for key in info["missing_keys"] if "pooler" not in key]
     if missing:  # transformers would fill them with random numbers
         raise UserError(f"--bert-model {name} lacks the weights of {missing[0]} and others: {advice}")
-    return json.loads(module.config.to_json_string(use_diff=False)), tokenizer, module.float()
+    return json.loads(module.config.to_json_string(use_diff=False)), ids.to_str(), module.float()
 
 
 # %% 10. Batches
@@ -763,7 +770,7 @@ VIEWS = (1.0, 1.0), (0.94, 1.0), (1.06, 1.0), (1.0, 1.105), (1.0, 0.905)  # of a
 
 
 class ClipDataset(Dataset):
-    """Labels of clips and what a model reads of them (`model.inputs`). Indexed by rows, it gives a batch.
+    """Labels of clips and what a model reads of them (`model.inputs`); indexed by rows, it gives a batch.
 
     Log-mel windows (B, 1, M, T) are the middle of each clip, or with `augment` a random view of it, mixed up
     if the model only listens; of the words (B, L), `augment` hides WORD_DROPOUT.
@@ -779,14 +786,12 @@ class ClipDataset(Dataset):
         self.words = {} if model.inputs == ("mel",) else model.tokenize(list(clips["transcript"]))
         self.frames = round(cfg.clip_seconds * cfg.sampling_rate / cfg.hop_length)
         self.rate, self.word_dropout, self.mixup = cfg.sampling_rate, cfg.word_dropout, cfg.mixup
-        traits = [clips["intensity"] == 2, clips["statement"] == 2, clips["sex"] == "male"]
-        self.traits = torch.tensor(np.stack(traits, axis=1), dtype=torch.float32)  # (N, 3)
 
     def __len__(self):
         return len(self.labels)
 
     def __getitem__(self, rows):
-        batch = {"label": self.labels[rows], "traits": self.traits[rows]}
+        batch = {"label": self.labels[rows]}
         batch |= {key: ids[rows] for key, ids in self.words.items()}
         if self.augment and self.words:
             ids = next(iter(self.words))
@@ -892,13 +897,8 @@ class Encoder(nn.Module):
         return self.pool(*self.sequence(batch))
 
     def forward(self, batch):
-        """Logits (B, C); the features stay in the batch for auxiliary losses."""
-        batch["features"] = self.dropout(self.features(batch))
-        return self.head(batch["features"])
-
-    def auxiliary_loss(self, batch):
-        """What else to minimise in training; 0 unless a model defines it."""
-        return 0.0
+        """Logits (B, C)."""
+        return self.head(self.dropout(self.features(batch)))
 
 
 class ResidualBlock(nn.Module):
@@ -926,8 +926,7 @@ class ResidualBlock(nn.Module):
 class AudioCNN(Encoder):
     """A 2-D CNN on log-mel windows, four frequency bands kept apart, a GRU over time, attentive statistics.
 
-    Each window is standardised by itself, so that loudness says nothing. In training, linear heads also tell
-    intensity, statement and sex; they keep the features from memorising speakers.
+    Each window is standardised by itself, so that loudness says nothing.
     """
 
     inputs = ("mel",)
@@ -942,7 +941,6 @@ class AudioCNN(Encoder):
         self.recurrent = nn.GRU(128, 64, batch_first=True, bidirectional=True)
         self.attention = nn.Sequential(nn.Linear(128, 64), nn.Tanh(), nn.Linear(64, 1))
         self.head = nn.Linear(256, classes)
-        self.trait_heads = nn.Linear(256, 3)
 
     def sequence(self, batch):
         """mel (B, 1, M, T) -> steps (B, S, 128), S = T / 8, and their mask (B, S), all true."""
@@ -961,12 +959,6 @@ class AudioCNN(Encoder):
         mean = (weight * steps).sum(dim=1)
         variance = (weight * (steps - mean[:, None]) ** 2).sum(dim=1)
         return torch.cat([mean, (variance + 1e-5).sqrt()], dim=1)
-
-    def auxiliary_loss(self, batch):
-        """How badly the features tell intensity, statement and sex: `traits` (B, 3), between 0 and 1."""
-        if "traits" not in batch:
-            return 0.0
-        return 0.6 * F.binary_cross_entropy_with_logits(self.trait_heads(batch["features"]), batch["traits"])
 
 
 # %% 12. TextRNN, TextBERT
@@ -1017,8 +1009,8 @@ class TextBERT(Encoder):
     def __init__(self, classes, dropout, config, tokenizer, max_tokens):
         super().__init__(classes=classes, dropout=dropout, config=config, tokenizer=tokenizer,
                          max_tokens=max_tokens)
+        transformers = load_transformers()
         import tokenizers
-        import transformers
         self.tokenizer = tokenizers.Tokenizer.from_str(tokenizer)
         self.tokenizer.enable_truncation(min(max_tokens, config["max_position_embeddings"]))
         self.tokenizer.enable_padding()
@@ -1089,10 +1081,15 @@ MODELS = {
     "fusion_rnn": ModelRow(EarlyFusion, "EarlyFusion_RNN", "Early fusion, RNN", "fusion", ("cnn", "rnn")),
     "fusion_bert": ModelRow(EarlyFusion, "EarlyFusion_BERT", "Early fusion, BERT", "fusion", ("cnn", "bert")),
 }
-ROWS = MODELS | {  # late fusion is arithmetic on saved predictions: no class
+ROWS = {  # in the order of the tables; late fusion, views and ensembles are arithmetic: no class
+    "cnn": MODELS["cnn"],
+    "cnn_views": ModelRow(None, "AudioCNN_views", "AudioCNN, several views", "", ("cnn",)),
+    "cnn_ensemble": ModelRow(None, "AudioCNN_ensemble", "AudioCNN, ensemble", "", ("cnn",)),
+    "cnn_views_ensemble": ModelRow(None, "AudioCNN_views_ensemble", "AudioCNN, ensemble, views", "",
+                                   ("cnn",)),
+    **MODELS,
     "late_rnn": ModelRow(None, "LateFusion_RNN", "Late fusion, RNN", "", ("cnn", "rnn")),
     "late_bert": ModelRow(None, "LateFusion_BERT", "Late fusion, BERT", "", ("cnn", "bert")),
-    "cnn_views": ModelRow(None, "AudioCNN_views", "AudioCNN, several views", "", ("cnn",)),
 }
 FILES = {"checkpoint": "{}_best.pth", "history": "histories/{}.csv", "predictions": "predictions/{}.csv"}
 
@@ -1168,7 +1165,7 @@ class Trainer:
         """Train on one batch; returns (loss, share of clips whose strongest label was found)."""
         with torch.autocast(self.device, self.precision, enabled=self.precision != torch.float32):
             logits = self.model(batch)
-            loss = self.loss(logits.float(), batch["label"]) + self.model.auxiliary_loss(batch)
+            loss = self.loss(logits.float(), batch["label"])
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
@@ -1371,10 +1368,204 @@ def text_of(named):
     return ", ".join(f"{name} {value}" for name, value in named.items())
 
 
-# %% 15. Plots
+# %% 15. Evaluation: rows made of others, figures, intervals
+def rows_of(cfg):
+    """The names of the rows that these settings ask for."""
+    return [name for name in ROWS if ("views" not in name or cfg.test_views > 1)
+            and ("ensemble" not in name or cfg.runs > 1)]
+
+
+def reads_oracle(name, cfg):
+    """Whether a row reads sentences that were drawn by label."""
+    return cfg.use_simulated_sentences and not name.startswith("cnn")
+
+
+def with_probabilities(table, probabilities):
+    """A predictions table with other probabilities (N, C), and the strongest emotion by them."""
+    table = table.copy()
+    table[EMOTIONS] = probabilities
+    return table.assign(predicted=table[EMOTIONS].idxmax(axis=1))
+
+
+def pool(tables):
+    """The mean log-probability of tables of the same clips, with a temperature fitted on validation."""
+    table, logs = tables[0], [np.log(part[EMOTIONS].to_numpy().clip(1e-7)) for part in tables]
+    logits = torch.from_numpy(np.mean(logs, axis=0))
+    held_out = torch.tensor((table["split"] == "validation").to_numpy())
+    labels = torch.tensor(table["true"].map(EMOTIONS.index).to_numpy())
+    temperature = fit_temperature(logits[held_out], labels[held_out])
+    return with_probabilities(table, (logits / temperature).softmax(dim=1).numpy())
+
+
+def combine_late(name, cfg):
+    """Late fusion: the mean of two rows' probabilities, as a predictions table."""
+    tables = [read_back(file_of(cfg, "predictions", part), pd.read_csv) for part in ROWS[name].parts]
+    return with_probabilities(tables[-1], np.mean([part[EMOTIONS].to_numpy() for part in tables], axis=0))
+
+
+def combine_views(clips, cfg, device):
+    """AudioCNN's predictions from TEST_VIEWS views of each clip, as a predictions table."""
+    model = restore_model(file_of(cfg, "checkpoint", "cnn")).to(device)
+    dataset, tables = ClipDataset(clips, model, cfg, device), []
+    for dataset.view in VIEWS[:cfg.test_views]:
+        tables.append(predictions_table(clips, predict(model, dataset).softmax(dim=1).numpy()))
+    return pool(tables).assign(marks="; ".join(marks(cfg)))
+
+
+def combine(clips, cfg, device):
+    """Write the predictions of rows made of others; says of each row why it has none ("" if it has)."""
+    reasons, asked = {}, names_in(cfg.run_models)
+    for name in rows_of(cfg):
+        path = file_of(cfg, "predictions", name)
+        if name in MODELS:
+            reason = out_of_date(cfg, name, clips)
+            reasons[name] = "left out by --run-models" if reason and name not in asked else reason
+            continue
+        missing = [ROWS[part].title for part in ROWS[name].parts if reasons[part]]
+        reasons[name] = f"{' and '.join(missing)} did not run" if missing else ""
+        if name == "cnn_views" and not missing:
+            key = digest(file_of(cfg, "predictions", "cnn").read_bytes(), cfg.test_views)
+            reuse("views", key, [path], cfg, lambda path=path: save(path, combine_views(clips, cfg, device)))
+        elif not missing:
+            save(path, combine_late(name, cfg))
+    return reasons
+
+
+def pooled(name, runs, tables):
+    """The predictions of one row in all runs, with their fold and seed and what the clips are like."""
+    parts = []
+    for cfg, clips in zip(runs, tables):
+        part = read_back(file_of(cfg, "predictions", name), pd.read_csv)
+        part = part.merge(clips[["clip", "transcript", "intensity", "sex"]], on="clip")
+        parts.append(part.assign(fold=int(cfg.folds), seed=cfg.seed))
+    return pd.concat(parts).sort_values(["seed", "clip"], ignore_index=True)
+
+
+def ensemble(table):
+    """Pool the seeds of each fold: a row per fold and clip."""
+    return pd.concat(pool([rows for _, rows in part.groupby("seed")]) for _, part in table.groupby("fold"))
+
+
+def resampled(clusters, draws=2000):
+    """How often each row counts when whole clusters (N,) are drawn with replacement: (draws, N)."""
+    names, which = np.unique(clusters, return_inverse=True)
+    counts = np.random.default_rng(0).multinomial(len(names), np.full(len(names), 1 / len(names)), draws)
+    return counts[:, which].astype(np.float32)
+
+
+def weighted_uar(weights, table):
+    """The UAR of a predictions table (N rows) under each row of weights (draws, N): (draws,)."""
+    true = table["true"].to_numpy()[:, None] == np.array(EMOTIONS)  # (N, C)
+    right = true & (table["predicted"] == table["true"]).to_numpy()[:, None]
+    return (weights @ right / np.maximum(weights @ true, 1)).mean(axis=1)
+
+
+def bootstrap_uar(test, by_sentence):
+    """The UAR of test predictions when actors, and sentences if asked, are drawn anew 2000 times: (2000,)."""
+    weights = resampled(test["actor"])
+    return weighted_uar(weights * resampled(test["transcript"]) if by_sentence else weights, test)
+
+
+def unseen_actors(actors):
+    """The actors that are validation in no fold, so that no choice has heard them."""
+    chosen_on = (fold_actors(actors, fold)[0] for fold in range(min(5, len(actors))))
+    return sorted(set(actors).difference(*chosen_on))
+
+
+def figures_of(table, draws, unseen):
+    """All figures of one row from its pooled predictions and its test UAR in bootstrap draws (draws,)."""
+    splits = {split: table[table["split"] == split] for split in SPLITS}
+    test = splits["test"]
+    by_run = test.groupby(["fold", "seed"])[["true", "predicted"]].apply(
+        lambda rows: recall(rows["true"], rows["predicted"])).unstack()  # (folds, seeds)
+    deviation = {"folds": by_run.mean(axis=1).std(), "seeds": by_run.mean(axis=0).std()}
+    wrong = test[test["true"] != test["predicted"]]
+    wrong = wrong.assign(confidence=wrong[EMOTIONS].max(axis=1).round(3)).nlargest(10, "confidence")
+    fresh = test[test["actor"].isin(unseen)]
+    return {
+        "uar": float(by_run.to_numpy().mean()), "interval": np.quantile(draws, (0.025, 0.975)).tolist(),
+        "by_fold": {str(fold): float(uar) for fold, uar in by_run.mean(axis=1).items()},
+        "spread": {key: float(np.nan_to_num(value)) for key, value in deviation.items()},
+        "unseen": recall(fresh["true"], fresh["predicted"]) if len(fresh) else None,
+        "ece_if_perfect": calibration_error_if_perfect(test[EMOTIONS].to_numpy(), test["clip"]),
+        "mistakes": wrong[["clip", "actor", "true", "predicted", "confidence"]].to_dict("records"),
+        "by_actor": {str(actor): recall(rows["true"], rows["predicted"])
+                     for actor, rows in test.groupby("actor")},
+        "groups": {split: {group: recall(rows["true"], rows["predicted"]) for column in ("intensity", "sex")
+                           for group, rows in part.groupby(column)} for split, part in splits.items()},
+        **{split: score_table(part) for split, part in splits.items()}}
+
+
+def evaluate(runs, tables, reasons, audit, cfg):
+    """Score every row on the predictions of all runs, pooled; writes metrics.json and config.json."""
+    rows, tests, draws, folder = {}, {}, {}, Path(cfg.output_dir)
+    unseen = unseen_actors(sorted(map(int, tables[0]["actor"].unique()))) if cfg.split == "speaker" else []
+    for old in folder.glob("predictions/*_out_of_fold.csv"):
+        old.unlink()
+    for name in rows_of(cfg):
+        part, oracle = name.removesuffix("_ensemble"), reads_oracle(name, cfg)
+        why = next((each[part] for each in reasons if each[part]), "")
+        rows[name] = {"title": ROWS[name].title + " (oracle text)" * oracle,
+                      "status": f"not run: {why}" if why else "run"}
+        if why:  # nothing of an earlier run may pass for this one's
+            plot_path(f"confusion_{ROWS[name].stem}", cfg).unlink(missing_ok=True)
+            continue
+        table = pooled(part, runs, tables)
+        table = table if name == part else ensemble(table)
+        tests[name] = test = table[table["split"] == "test"]
+        draws |= {(name, each): bootstrap_uar(test, each) for each in {oracle, cfg.use_simulated_sentences}}
+        rows[name] |= figures_of(table, draws[name, oracle], unseen)
+        if len(runs) > 1:
+            save(folder / "predictions" / f"{ROWS[name].stem}_out_of_fold.csv",
+                 test.assign(marks="; ".join(marks(cfg))))
+    pairs = []
+    for first, second in itertools.combinations(tests if len(runs) > 1 else [], 2):
+        oracle = reads_oracle(first, cfg) or reads_oracle(second, cfg)
+        low, high = np.quantile(draws[first, oracle] - draws[second, oracle], (0.025, 0.975))
+        pairs.append({"row": first, "against": second, "low": low, "high": high,
+                      "difference": rows[first]["test"]["uar"] - rows[second]["test"]["uar"]})
+    save(folder / "metrics.json", described(cfg) | {"classes": EMOTIONS, "audit": audit, "rows": rows,
+                                                    "pairs": pairs, "unseen_actors": unseen})
+    save(folder / "config.json", described(cfg))
+    for heading, table in result_tables(rows, len(runs) > 1).items():
+        print(f"\n{heading} ({'; '.join(marks(cfg)) or 'unseen speakers'})\n{table.to_string(index=False)}")
+
+
+def result_tables(rows, several):
+    """The figures of all rows as DataFrames of strings by heading; what did not run says why in `note`."""
+    tables = {"Training and validation": [], "Test": [], "Test UAR over folds and seeds": []}
+    for row in rows.values():
+        figures = [{"note": row["status"]}] * 3
+        if row["status"] == "run":
+            train, held_out, test = (row[split] for split in SPLITS)
+            figures = [
+                {"train acc": f"{train['accuracy']:.1%}", "val acc": f"{held_out['accuracy']:.1%}",
+                 "val UAR": f"{held_out['uar']:.1%}", "val NLL": f"{held_out['nll']:.3f}"},
+                {"UAR": f"{row['uar']:.1%}", "acc": f"{test['accuracy']:.1%}",
+                 "macro-F1": f"{test['macro_f1']:.1%}", "NLL": f"{test['nll']:.3f}",
+                 "ECE": f"{test['ece']:.3f}", "ECE if perfect": f"{row['ece_if_perfect']:.3f}"},
+                {"UAR": f"{row['uar']:.1%}", "95 % interval": "{:.1%} to {:.1%}".format(*row["interval"]),
+                 **{f"SD {key}": f"{100 * value:.1f}" if value else "-"
+                    for key, value in row["spread"].items()},
+                 "unseen actors": f"{row['unseen']:.1%}" if row["unseen"] is not None else "-"}]
+        for lines, line in zip(tables.values(), figures):
+            lines.append({"model": row["title"]} | line)
+    names = list(tables) if several else list(tables)[:2]
+    return {name: pd.DataFrame(tables[name]).fillna("-") for name in names}
+
+
+# %% 16. Plots
 def plot_path(name, cfg):
     """Where a plot lies."""
     return Path(cfg.output_dir, "plots", f"{name}.png")
+
+
+def plot_paths(rows, cfg):
+    """The plots of a finished run, in the order of the report; those of the data first."""
+    names = ["class_counts", "samples", *(["training_curves", "comparison"] if rows else [])]
+    names += ["cross_validation"] if rows and len(runs_of(cfg)) > 1 else []
+    names += [f"confusion_{ROWS[name].stem}" for name in rows if rows[name]["status"] == "run"]
+    return [plot_path(name, cfg) for name in names]
 
 
 def save_figure(figure, name, cfg):
@@ -1421,15 +1612,16 @@ def plot_samples(clips, cfg):
 
 
 def plot_curves(rows, cfg):
-    """Loss and accuracy by epoch of every model that was trained."""
+    """Loss and accuracy by epoch of every model that was trained, the mean of all runs."""
     names = [name for name in MODELS if rows[name]["status"] == "run"]
     size = (max(5, 3.2 * len(names)), 5.6)
     figure, axes = plt.subplots(2, len(names), figsize=size, layout="constrained", squeeze=False)
     for name, pair in zip(names, axes.T):
-        history = read_back(file_of(cfg, "history", name), pd.read_csv)
+        histories = [read_back(file_of(run, "history", name), pd.read_csv) for run in runs_of(cfg)]
+        history = pd.concat(histories).groupby("epoch").mean(numeric_only=True)
         for axis, kind in zip(pair, ("loss", "accuracy")):
-            axis.plot(history["epoch"], history[f"train_{kind}"], ".-", label="training (disturbed clips)")
-            axis.plot(history["epoch"], history[f"validation_{kind}"], ".-", label="validation")
+            axis.plot(history[f"train_{kind}"], ".-", label="training (disturbed clips)")
+            axis.plot(history[f"validation_{kind}"], ".-", label="validation")
             axis.set(ylabel=kind if axis in axes[:, 0] else "")
         pair[0].set_title(rows[name]["title"], fontsize=9)
         pair[1].set(xlabel="epoch", ylim=(0, 1.02))
@@ -1449,37 +1641,64 @@ def plot_confusion(name, row, cfg):
         axis.set(title=title, xlabel="predicted", ylabel="true")
         axis.tick_params(axis="x", rotation=45)
         axis.tick_params(axis="y", rotation=0)
-    figure.suptitle("{title}: test accuracy {accuracy:.1%}, UAR {uar:.1%}".format(**row["test"], **row))
+    figure.suptitle("{title}: test accuracy {accuracy:.1%}, UAR {uar:.1%}".format(**row["test"] | row))
     save_figure(figure, f"confusion_{ROWS[name].stem}", cfg)
 
 
-def plot_comparison(rows, cfg):
-    """UAR of all rows on validation and test, chance drawn in."""
-    table = pd.DataFrame([{"row": row["title"], "split": split, "UAR": 100 * row[split]["uar"]}
-                          for row in rows.values() for split in SPLITS[1:] if row["status"] == "run"])
-    figure, axis = plt.subplots(figsize=(9.5, 4.8), layout="constrained")
+def draw_comparison(axis, rows, several):
+    """UAR of all rows on validation and test, chance drawn in; of several runs also folds and interval."""
+    table = pd.DataFrame([{"row": row["title"], "split": split, "UAR": 100 * uar} for row in rows.values()
+                          for split, uar in (("validation", row["validation"]["uar"]), ("test", row["uar"]))])
     sns.barplot(table, y="row", x="UAR", hue="split", ax=axis, palette=["lightsteelblue", "steelblue"])
     for bars in axis.containers:
-        axis.bar_label(bars, fmt="%.1f", fontsize=8, padding=2)
+        axis.bar_label(bars, fmt="%.1f", fontsize=8, label_type="center")
+    for place, row in enumerate(rows.values() if several else []):
+        folds = [100 * uar for uar in row["by_fold"].values()]
+        axis.plot([100 * end for end in row["interval"]], [place + 0.2] * 2, "k-", linewidth=1)
+        axis.plot(folds, [place + 0.2] * len(folds), "k.", markersize=4)
     axis.axvline(100 / len(EMOTIONS), color="firebrick", linestyle="--", label="chance")
-    axis.set(xlim=(0, 108), xlabel="UAR in %", ylabel="", title="Eight emotions, told in seven ways")
+    title = "UAR in %: mean (bar), each fold (dots), 95 % interval of the mean (line)"
+    axis.set(xlim=(0, 101), xlabel="", ylabel="", title=title if several else "UAR in %")
     axis.legend(title="", loc="upper left", bbox_to_anchor=(1, 1))
+
+
+def plot_comparison(rows, several, cfg):
+    """All rows beside each other."""
+    figure, axis = plt.subplots(figsize=(9.5, 1 + 0.55 * len(rows)), layout="constrained")
+    draw_comparison(axis, rows, several)
     save_figure(figure, "comparison", cfg)
 
 
-def plot_paths(rows, cfg):
-    """The plots of a finished run, in the order of the report; those of the data first."""
-    names = ["class_counts", "samples", *(["training_curves", "comparison"] if rows else [])]
-    names += [f"confusion_{ROWS[name].stem}" for name in rows if rows[name]["status"] == "run"]
-    return [plot_path(name, cfg) for name in names]
+def plot_cross_validation(rows, pairs, cfg):
+    """One page: UAR with intervals, recall by emotion, UAR by actor, and the differences between rows."""
+    figure, axes = plt.subplots(4, 1, figsize=(11, 5 + 1.5 * len(rows)), layout="constrained")
+    titles, share = [row["title"] for row in rows.values()], {"annot": True, "cmap": "Blues", "cbar": False}
+    draw_comparison(axes[0], rows, True)
+    recalls = [{e: row["test"]["per_class"][e]["recall"] for e in EMOTIONS} for row in rows.values()]
+    sns.heatmap(100 * pd.DataFrame(recalls, titles), ax=axes[1], fmt=".0f", **share)
+    sns.heatmap(100 * pd.DataFrame([row["by_actor"] for row in rows.values()], titles), ax=axes[2],
+                fmt=".0f", **share)
+    gaps, texts = (pd.DataFrame(fill, list(rows), list(rows)) for fill in (0.0, ""))
+    for pair in pairs:
+        star = "*" * (pair["low"] > 0 or pair["high"] < 0)
+        for sign, cell in ((1, (pair["row"], pair["against"])), (-1, (pair["against"], pair["row"]))):
+            gaps.loc[cell] = 100 * sign * pair["difference"]
+            texts.loc[cell] = f"{gaps.loc[cell]:+.1f}{star}"
+    sns.heatmap(gaps, annot=texts, fmt="", cmap="RdBu", center=0, cbar=False, ax=axes[3],
+                yticklabels=titles)
+    axes[1].set(title="Recall by emotion in %")
+    axes[2].set(title="UAR by actor in %")
+    axes[3].set(title="Difference in pooled UAR, row minus column (*: its paired 95 % interval leaves out 0)")
+    axes[3].set_xticklabels(titles, rotation=30, ha="right")
+    save_figure(figure, "cross_validation", cfg)
 
 
-# %% 16. Report
+# %% 17. Report
 REPORT = "emotion_recognition_report.docx"
 docx_advice = "pip install python-docx, then --phase report makes it"
 MEANING = (
-    "UAR is the mean of the eight recalls; guessing gives 12.5 %. Nobody who speaks in the test split was "
-    "heard in training, unless this report says that speakers are shared.",
+    "UAR is the mean of the recalls of the emotions that occur; guessing gives 12.5 %. Nobody who speaks in "
+    "the test split was heard in training, unless this report says that speakers are shared.",
     "One fold tests a fifth of the actors, and figures move by ten points and more from one set of actors to "
     "the next: compare systems over all five folds, never on one.",
     "Temperatures are fitted on the validation split, so its NLL and ECE flatter a little. The test split is "
@@ -1491,21 +1710,6 @@ MEANING = (
     "Corpus: Livingstone S. R., Russo F. A. (2018), The Ryerson Audio-Visual Database of Emotional Speech "
     "and Song (RAVDESS), PLoS ONE 13(5): e0196391, licence CC BY-NC-SA 4.0.",
 )
-
-
-def result_table(rows):
-    """The figures of all rows as a DataFrame of strings; what did not run says why in the column `note`."""
-    lines = []
-    for row in rows.values():
-        line, ran = {"model": row["title"]}, row["status"] == "run"
-        if ran:
-            line |= {f"{split} acc": f"{row[split]['accuracy']:.1%}" for split in SPLITS}
-            line |= {f"{split} UAR": f"{row[split]['uar']:.1%}" for split in SPLITS[1:]}
-            line |= {"test F1": f"{row['test']['macro_f1']:.1%}"}
-            line |= {f"test {key.upper()}": f"{row['test'][key]:.3f}" for key in ("nll", "ece")}
-        lines.append(line | {"note": "" if ran else row["status"]})
-    table = pd.DataFrame(lines).fillna("-").rename(columns=lambda name: name.replace("validation", "val"))
-    return table if table["note"].any() else table.drop(columns="note")
 
 
 def add_table(document, table):
@@ -1544,25 +1748,35 @@ def write_document(path, title, sections, cfg):
         document.save(temporary)
 
 
-def write_report(figures, audit, config, cfg):
+def write_report(figures, config, cfg):
     """Write the report as .docx from what the other stages left; needs no model."""
-    rows, table = figures["rows"], result_table(figures["rows"])
+    rows, several = figures["rows"], len(runs_of(cfg)) > 1
     ran = {name: row for name, row in rows.items() if row["status"] == "run"}
     best = max(ran, key=lambda name: ran[name]["validation"]["uar"])
     shown = [name for name in ran if name in ("cnn", best)]
-    tested = [column for column in table if column.startswith("test")]
+    tables = result_tables(rows, several)
     groups = [{"model": row["title"]} | {group: f"{uar:.1%}" for group, uar in row["groups"]["test"].items()}
               for row in ran.values()]
-    sections = {
-        "Summary": [
-            *("{title}: {uar:.1%} UAR, {accuracy:.1%} accuracy on {clips} test clips{note}.".format(
-                note=" (best row on validation)" if name == best else "", **ran[name]["test"], **ran[name])
-              for name in shown), *(f"Mind: {mark}." for mark in figures["marks"])],
-        "Data and split": describe_audit(audit),
-        "Training and validation accuracy": [table.drop(columns=tested)],
-        "Test results": [f"Text encoder of the BERT rows: {config['settings']['bert_model']}.",
-                         table.drop(columns=["train acc", "val acc", "val UAR"])],
-        "Test UAR by intensity and sex": [pd.DataFrame(groups)]}
+    sections = {"Summary": [
+        *("{title}: {uar:.1%} UAR, {accuracy:.1%} accuracy on {clips} test predictions{note}.".format(
+            note=" (best row on validation)" if name == best else "", **ran[name]["test"] | ran[name])
+          for name in shown), *(f"Mind: {mark}." for mark in figures["marks"])],
+        "Data and split": figures["audit"],
+        **{heading: [table] for heading, table in tables.items()}}
+    sections["Test"].insert(0, f"Text encoder of the BERT rows: {config['settings']['bert_model']}.")
+    if several:
+        fresh, pairs = figures["unseen_actors"], pd.DataFrame(figures["pairs"])
+        pairs[["row", "against"]] = pairs[["row", "against"]].map(lambda name: rows[name]["title"])
+        numbers = ["difference", "low", "high"]
+        pairs[numbers] = (100 * pairs[numbers]).map("{:+.1f}".format)
+        sections["Test UAR over folds and seeds"] += [
+            f"Folds {cfg.folds}, {cfg.runs} run(s) of each, seeds from {cfg.seed}. UAR is the mean over "
+            "folds and seeds; SD: standard deviation over one of them.",
+            "The interval is a bootstrap of the pooled test predictions: actors are drawn with replacement, "
+            "2000 times; in rows that read simulated sentences, sentences too.",
+            f"Unseen actors are validation in no fold, no choice has heard them: {fresh or 'none'}."]
+        sections["Paired differences in pooled UAR, in points, with their 95 % intervals"] = [pairs]
+    sections["Test UAR by intensity and sex"] = [pd.DataFrame(groups)]
     for name in shown:
         by_emotion = pd.DataFrame(ran[name]["test"]["per_class"]).T.round(3).rename_axis("emotion")
         sections[f"{ran[name]['title']}: test results by emotion, and the most confident mistakes"] = [
@@ -1571,177 +1785,6 @@ def write_report(figures, audit, config, cfg):
         "Plots": plot_paths(rows, cfg), "What the figures mean, and what they do not": MEANING,
         "How to repeat this": [config["command"], text_of(config["versions"])],
         "Settings": [pd.DataFrame(config["settings"].items(), columns=["setting", "value"])]}, cfg)
-
-
-# %% 17. Cross-validation
-def out_of_fold(name, runs):
-    """Validation and test predictions of one row in all runs, with their fold, seed and transcripts."""
-    tables = []
-    for cfg in runs:
-        table = read_back(file_of(cfg, "predictions", name), pd.read_csv)
-        clips = read_back(Path(cfg.output_dir, "clips.csv"), pd.read_csv)[["clip", "transcript"]]
-        tables.append(table.merge(clips.fillna(""), on="clip").assign(fold=int(cfg.folds), seed=cfg.seed))
-    table = pd.concat(tables).sort_values(["seed", "clip"], ignore_index=True)
-    return table[table["split"] != "train"]
-
-
-def pool(tables):
-    """The mean log-probability of tables of the same clips, with a temperature fitted on validation."""
-    table = tables[0].copy()
-    logs = [np.log(part[EMOTIONS].to_numpy().clip(1e-7)) for part in tables]
-    logits = torch.from_numpy(np.mean(logs, axis=0))
-    held_out = torch.tensor((table["split"] == "validation").to_numpy())
-    labels = torch.tensor(table["true"].map(EMOTIONS.index).to_numpy())
-    temperature = fit_temperature(logits[held_out], labels[held_out])
-    table[EMOTIONS] = (logits / temperature).softmax(dim=1).numpy()
-    return table.assign(predicted=table[EMOTIONS].idxmax(axis=1))
-
-
-def ensemble(table):
-    """Pool the seeds of each fold; as many rows as `table` has, so that the two can be compared."""
-    folds = [pool([rows for _, rows in part.groupby("seed")]) for _, part in table.groupby("fold")]
-    joined = pd.concat(folds).sort_values("clip")
-    return pd.concat([joined.assign(seed=seed) for seed in sorted(table["seed"].unique())], ignore_index=True)
-
-
-def resampled(clusters, draws=2000):
-    """How often each row counts when whole clusters (N,) are drawn with replacement: (draws, N)."""
-    names, which = np.unique(clusters, return_inverse=True)
-    counts = np.random.default_rng(0).multinomial(len(names), np.full(len(names), 1 / len(names)), draws)
-    return counts[:, which].astype(np.float32)
-
-
-def weighted_uar(weights, table):
-    """The UAR of a predictions table (N rows) under each row of weights (draws, N): (draws,)."""
-    true = table["true"].to_numpy()[:, None] == np.array(EMOTIONS)  # (N, C)
-    right = true & (table["predicted"] == table["true"]).to_numpy()[:, None]
-    return (weights @ right / np.maximum(weights @ true, 1)).mean(axis=1)
-
-
-def summarize_row(table, draws):
-    """The figures of one row from its out-of-fold predictions and its UAR in bootstrap draws (draws,)."""
-    test, held_out = (table[table["split"] == split] for split in ("test", "validation"))
-    by_run = test.groupby(["fold", "seed"])[["true", "predicted"]].apply(
-        lambda rows: recall(rows["true"], rows["predicted"]))
-    chosen_on = set(held_out["actor"]) | set(itertools.chain(*VALIDATION_ACTORS))  # of any fold, run or not
-    by_run, unseen = by_run.unstack(), test[~test["actor"].isin(chosen_on)]  # (folds, seeds)
-    deviation = {"folds": by_run.mean(axis=1).std(), "seeds": by_run.mean(axis=0).std()}
-    return {
-        "uar": float(by_run.to_numpy().mean()), "interval": np.quantile(draws, (0.025, 0.975)).tolist(),
-        "by_fold": {str(fold): float(uar) for fold, uar in by_run.mean(axis=1).items()},
-        "spread": {key: float(np.nan_to_num(value)) for key, value in deviation.items()},
-        "unseen": {"actors": unseen["actor"].nunique(),
-                   "uar": recall(unseen["true"], unseen["predicted"]) if len(unseen) else None},
-        "by_actor": {str(actor): recall(part["true"], part["predicted"])
-                     for actor, part in test.groupby("actor")},
-        "ece_if_perfect": calibration_error_if_perfect(test[EMOTIONS].to_numpy(), test["clip"]),
-        "test": score_table(test), "validation": score_table(held_out)}
-
-
-def summarize(runs, cfg):
-    """Pool the test predictions of all runs: summary.json, comparisons.csv and the predictions themselves."""
-    folder, figures = Path(cfg.output_dir), [read_back(Path(run.output_dir, "metrics.json")) for run in runs]
-    titles = {name: row["title"] for name, row in figures[0]["rows"].items()
-              if all(each["rows"].get(name, {}).get("status") == "run" for each in figures)}
-    tables = {name: out_of_fold(name, runs) for name in titles}
-    if cfg.runs > 1:
-        for name in [name for name in ("cnn", "cnn_views") if name in tables]:
-            titles[f"{name}_ensemble"] = f"{titles[name]}, ensemble of {cfg.runs}"
-            tables[f"{name}_ensemble"] = ensemble(tables[name])
-    tables = dict(sorted(tables.items(), key=lambda item: not item[0].startswith("cnn")))  # sound first
-    tests = {name: table[table["split"] == "test"] for name, table in tables.items()}
-    by_actor = resampled(next(iter(tests.values()))["actor"])
-    weights = {name: by_actor * (resampled(test["transcript"]) if reads_oracle(name, cfg) else 1)
-               for name, test in tests.items()}
-    rows = {name: {"title": titles[name]} | summarize_row(table, weighted_uar(weights[name], tests[name]))
-            for name, table in tables.items()}
-    for name, test in tests.items():
-        save(folder / "predictions" / f"{name}_out_of_fold.csv", test.assign(marks="; ".join(marks(cfg))))
-    pairs = []
-    for first, second in itertools.combinations(tests, 2):
-        draws = weighted_uar(weights[second], tests[first]) - weighted_uar(weights[second], tests[second])
-        low, high = np.quantile(draws, (0.025, 0.975))
-        gap = rows[first]["test"]["uar"] - rows[second]["test"]["uar"]
-        pairs.append((titles[first], titles[second], gap, low, high))
-    columns = ["row", "against", "difference", "low", "high"]
-    save(folder / "comparisons.csv", pd.DataFrame(pairs, columns=columns))
-    save(folder / "summary.json", described(cfg) | {"rows": rows})
-    print(f"\nAll {len(runs)} runs: {'; '.join(marks(cfg))}\n{summary_table(rows).to_string(index=False)}")
-
-
-def summary_table(rows):
-    """The figures of a cross-validation as a DataFrame of strings."""
-    lines = []
-    for row in rows.values():
-        test, held_out, unseen = row["test"], row["validation"], row["unseen"]
-        lines.append({
-            "model": row["title"], "test UAR": f"{row['uar']:.1%}",
-            "95 % interval": "{:.1%} to {:.1%}".format(*row["interval"]),
-            **{f"SD {key}": f"{100 * value:.1f}" if value else "-" for key, value in row["spread"].items()},
-            f"{unseen['actors']} unseen": f"{unseen['uar']:.1%}" if unseen["actors"] else "-",
-            "acc": f"{test['accuracy']:.1%}",
-            "F1": f"{test['macro_f1']:.1%}", "ECE": f"{test['ece']:.3f}",
-            "perfect": f"{row['ece_if_perfect']:.3f}", "val UAR": f"{held_out['uar']:.1%}",
-            "val NLL": f"{held_out['nll']:.3f}"})
-    return pd.DataFrame(lines)
-
-
-def plot_summary(rows, pairs, cfg):
-    """One page: UAR with intervals, recall by emotion, UAR by actor, and the differences between rows."""
-    titles = [row["title"] for row in rows.values()]
-    figure, axes = plt.subplots(4, 1, figsize=(11, 4 + 1.5 * len(rows)), layout="constrained")
-    for place, row in enumerate(rows.values()):
-        folds = [100 * uar for uar in row["by_fold"].values()]
-        axes[0].plot([100 * end for end in row["interval"]], [place, place], color="steelblue", linewidth=3)
-        axes[0].plot(100 * row["uar"], place, "o", color="steelblue", markersize=9)
-        axes[0].plot(folds, [place] * len(folds), "k.", markersize=4)
-    axes[0].axvline(100 / len(EMOTIONS), color="firebrick", linestyle="--")
-    axes[0].set(yticks=range(len(rows)), yticklabels=titles, xlim=(0, 102), ylim=(len(rows) - 0.5, -0.5),
-                title="Test UAR in %: mean (circle), folds (dots), 95 % interval (bar), chance (dashed)")
-    recalls = [{e: row["test"]["per_class"][e]["recall"] for e in EMOTIONS} for row in rows.values()]
-    share = {"annot": True, "fmt": ".0f", "cmap": "Blues", "cbar": False}
-    sns.heatmap(100 * pd.DataFrame(recalls, titles), ax=axes[1], **share)
-    sns.heatmap(100 * pd.DataFrame([row["by_actor"] for row in rows.values()], titles), ax=axes[2], **share)
-    gaps, texts = (pd.DataFrame(fill, titles, titles) for fill in (0.0, ""))
-    for pair in pairs.itertuples():
-        star = "*" * (pair.low > 0 or pair.high < 0)
-        for sign, cell in ((1, (pair.row, pair.against)), (-1, (pair.against, pair.row))):
-            gaps.loc[cell] = 100 * sign * pair.difference
-            texts.loc[cell] = f"{gaps.loc[cell]:+.1f}{star}"
-    sns.heatmap(gaps, annot=texts, fmt="", cmap="RdBu", center=0, cbar=False, ax=axes[3])
-    axes[1].set(title="Recall by emotion in %")
-    axes[2].set(title="UAR by actor in %")
-    axes[3].set(title="Difference in pooled UAR, row minus column (*: its paired 95 % interval leaves out 0)")
-    axes[3].set_xticklabels(titles, rotation=30, ha="right")
-    save_figure(figure, "cross_validation", cfg)
-
-
-def report_summary(cfg):
-    """The page of figures and the .docx of a cross-validation, from summary.json and comparisons.csv."""
-    folder = Path(cfg.output_dir)
-    summary, pairs = read_back(folder / "summary.json"), read_back(folder / "comparisons.csv", pd.read_csv)
-    plot_summary(summary["rows"], pairs, cfg)
-    document, table = folder / "cross_validation_report.docx", summary_table(summary["rows"])
-    if importlib.util.find_spec("docx") is None:
-        print(f"{document} is left out: {docx_advice}")
-        return
-    points = {key: (100 * pairs[key]).map("{:+.1f}".format) for key in ("difference", "low", "high")}
-    write_document(document, "Cross-validation: unseen speakers", {
-        "Results on unseen speakers": [
-            f"Folds {cfg.folds}, {cfg.runs} run(s) of each, seeds from {cfg.seed}; each actor of these folds "
-            "is tested by models that never heard it. UAR is the mean over folds and seeds; SD folds and SD "
-            "seeds are standard deviations over one of them.",
-            "The 95 % interval is of the UAR of all test predictions pooled. It draws actors with "
-            "replacement, 2000 times; in rows that read simulated sentences it draws sentences as well.",
-            "Unseen: actors that are validation in no fold, so that no choice has heard them.",
-            "ECE: calibration error of the pooled test predictions; perfect: what clips drawn from these "
-            "very probabilities would show.", *(f"Mind: {mark}." for mark in summary["marks"]),
-            table.iloc[:, :6], table.iloc[:, [0, *range(6, table.shape[1])]]],
-        "Figures": [plot_path("cross_validation", cfg)],
-        "Paired differences in pooled UAR, in points": [pairs.assign(**points)],
-        "What the figures mean, and what they do not": MEANING,
-        "How to repeat this": [summary["command"], text_of(summary["versions"])]}, cfg)
-    print(f"Report: {document}")
 
 
 # %% 18. The demo
@@ -1794,8 +1837,8 @@ def write_demo_corpus(folder, actors=range(1, 25), statements=(1, 2), rate=16000
 
 def write_demo_encoder(folder):
     """Write a small, untrained DistilBERT that knows the words of the sentence bank, in the usual layout."""
+    transformers = load_transformers()
     import tokenizers
-    import transformers
     if Path(folder, "model.safetensors").exists():
         return
     words = sorted({word for texts in sentence_bank().values() for text in texts for word in words_in(text)})
@@ -1819,21 +1862,28 @@ def reuse(title, key, files, cfg, make):
     save(path, key.encode())
 
 
-def data_phase(clips, audit, cfg, device):
+def data_phase(clips, cfg, device):
     """Split and transcribe clips that have features: the table of one run, with all its columns."""
-    from sklearn.preprocessing import LabelEncoder
     clips = add_transcripts(split_clips(clips, cfg), cfg, device)
-    audit, folder, table = complete_audit(clips, audit), Path(cfg.output_dir), clips.drop(columns="mel")
-    print("\n".join(describe_audit(audit)))
-    save(folder / "clips.csv", table.assign(marks="; ".join(marks(cfg))))
-    save(folder / "audit.json", audit | {"marks": marks(cfg)})
+    save(Path(cfg.output_dir, "clips.csv"), clips.drop(columns="mel").assign(marks="; ".join(marks(cfg))))
+    return clips
+
+
+def describe_data(runs, tables, audit, cfg):
+    """Write the audit, the label encoder and the plots of the data; returns the audit as sentences."""
+    from sklearn.preprocessing import LabelEncoder
+    sentences, folder, clips = describe_audit(tables[0], audit), Path(cfg.output_dir), tables[0]
+    sentences += dict.fromkeys(describe_split(table, run) for run, table in zip(runs, tables))
+    print("\n".join(sentences))
+    save(folder / "audit.json", {"audit": sentences, "marks": marks(cfg)})
     encoder = LabelEncoder()
     encoder.classes_ = np.array(EMOTIONS)  # fit() would sort them
     save(folder / "label_encoder.pkl", pickle.dumps(encoder))
-    key = digest(table.to_csv(), {name: getattr(cfg, name) for name in FEATURES}, marks(cfg))
+    settings = {name: getattr(cfg, name) for name in FEATURES}
+    key = digest(clips.drop(columns="mel").to_csv(), settings, marks(cfg))
     reuse("data plots", key, plot_paths({}, cfg), cfg,
           lambda: (plot_counts(clips, cfg), plot_samples(clips, cfg)))
-    return clips
+    return sentences
 
 
 def models_to_run(cfg):
@@ -1871,7 +1921,7 @@ def epoch_seconds(name, clips, cfg, device, trained):
     return seconds * len(train) / settings["batch_size"]
 
 
-def plan_training(clips, names, cfg, device):
+def plan_training(clips, names, cfg, device, following=0):
     """Say what will run, for how long, what is reused; returns the names to train. Raises UserError."""
     reasons = {name: out_of_date(cfg, name, clips) for name in MODELS}
     for name in names:
@@ -1897,75 +1947,9 @@ def plan_training(clips, names, cfg, device):
         total += minutes
         print(f"  {MODELS[name].title:24} {epochs} epochs, about {minutes:.1f} min ({reasons[name]})"
               + (f"; replaces {before}, kept as *.previous.pth" if old else ""))
-    print(f"  about {total:.0f} min of training in all", flush=True)
+    print(f"  about {total:.0f} min of training in all"
+          + f", and {following} more runs after this one" * bool(following), flush=True)
     return todo
-
-
-def reads_oracle(name, cfg):
-    """Whether a row reads sentences that were drawn by label."""
-    return cfg.use_simulated_sentences and not name.startswith("cnn")
-
-
-def combine_late(name, cfg):
-    """Late fusion: the mean of two rows' probabilities, as a predictions table."""
-    tables = [read_back(file_of(cfg, "predictions", part), pd.read_csv) for part in ROWS[name].parts]
-    table = tables[-1].copy()
-    table[EMOTIONS] = np.mean([part[EMOTIONS].to_numpy() for part in tables], axis=0)
-    return table.assign(predicted=table[EMOTIONS].idxmax(axis=1))
-
-
-def combine_views(clips, cfg, device):
-    """AudioCNN's predictions from TEST_VIEWS views of each clip, as a predictions table."""
-    model = restore_model(file_of(cfg, "checkpoint", "cnn")).to(device)
-    dataset, tables = ClipDataset(clips, model, cfg, device), []
-    for dataset.view in VIEWS[:cfg.test_views]:
-        tables.append(predictions_table(clips, predict(model, dataset).softmax(dim=1).numpy()))
-    return pool(tables).assign(marks="; ".join(marks(cfg)))
-
-
-def score_row(name, clips, cfg):
-    """All scores of one finished row, from its predictions table."""
-    table = read_back(file_of(cfg, "predictions", name), pd.read_csv)
-    table = table.merge(clips[["clip", "intensity", "sex"]], on="clip")
-    table["intensity"] = table["intensity"].map({1: "normal intensity", 2: "strong intensity"})
-    row = {"status": "run", "groups": {}}
-    for split in SPLITS:
-        part = table[table["split"] == split]
-        row[split] = score_table(part)
-        row["groups"][split] = {group: recall(rows["true"], rows["predicted"])
-                                for column in ("intensity", "sex") for group, rows in part.groupby(column)}
-    wrong = part[part["true"] != part["predicted"]].assign(confidence=part[EMOTIONS].max(axis=1).round(3))
-    columns = ["clip", "actor", "true", "predicted", "confidence"]
-    return row | {"mistakes": wrong.nlargest(10, "confidence")[columns].to_dict("records")}
-
-
-def evaluate_phase(clips, cfg, device):
-    """Combine late fusion and views, score all rows, write metrics.json and config.json."""
-    rows, asked = {}, names_in(cfg.run_models)
-    for name, row in ROWS.items():
-        if name == "cnn_views" and cfg.test_views == 1:
-            continue
-        if name in MODELS:
-            reason = out_of_date(cfg, name, clips)
-            reason = "left out by --run-models" if reason and name not in asked else reason
-        else:
-            reason = " and ".join(rows[part]["title"] for part in row.parts if rows[part]["status"] != "run")
-            reason = reason and f"{reason} did not run"
-        path = file_of(cfg, "predictions", name)
-        if name == "cnn_views" and not reason:
-            key = digest(file_of(cfg, "predictions", "cnn").read_bytes(), cfg.test_views)
-            reuse("views", key, [path], cfg, lambda path=path: save(path, combine_views(clips, cfg, device)))
-        elif name not in MODELS and not reason:
-            save(path, combine_late(name, cfg))
-        rows[name] = {"status": f"not run: {reason}"} if reason else score_row(name, clips, cfg)
-        if reason:  # nothing of an earlier run may pass for this one's
-            plot_path(f"confusion_{row.stem}", cfg).unlink(missing_ok=True)
-        rows[name]["title"] = row.title + " (oracle text)" * reads_oracle(name, cfg)
-    save(Path(cfg.output_dir, "metrics.json"), {
-        "marks": marks(cfg), "classes": EMOTIONS, "rows": rows,
-        "audit": digest(read_back(Path(cfg.output_dir, "audit.json")))})
-    save(Path(cfg.output_dir, "config.json"), described(cfg))
-    print("\n" + "; ".join(marks(cfg)) + "\n" + result_table(rows).to_string(index=False))
 
 
 def described(cfg):
@@ -1975,61 +1959,41 @@ def described(cfg):
             "settings": settings_of(cfg), "versions": versions()}
 
 
-def saved_settings(path, cfg):
-    """The settings in config.json or summary.json, with the flags given. Raises UserError on a conflict."""
-    saved = read_back(path)["settings"]
-    asked = {key: getattr(cfg, key) for key in {"phase", "output_dir", *cfg.given}}
-    for key in ("folds", "runs", "seed", "demo"):
-        if asked.get(key, saved[key]) != saved[key]:
-            raise UserError(f"{flag_of(key, asked[key])} contradicts {path} ({saved[key]}): leave that flag "
-                            "out or train with --phase all")
-    return SimpleNamespace(**(vars(cfg) | saved | asked))
-
-
 def report_phase(cfg):
-    """Plots and .docx from what lies in OUTPUT_DIR; reused when nothing of it has changed."""
-    folder = Path(cfg.output_dir)
-    figures, audit, config = (read_back(folder / f"{name}.json") for name in ("metrics", "audit", "config"))
-    rows, document = figures["rows"], folder / REPORT
-    with_docx = importlib.util.find_spec("docx") is not None
-    if figures["audit"] != digest(audit):
-        raise UserError(f"{folder / 'audit.json'} is of a later run than metrics.json: use --phase all")
-    if all(row["status"] != "run" for row in rows.values()):
+    """Plots and .docx from what lies in OUTPUT_DIR alone, reused when nothing of it has changed."""
+    folder, with_docx = Path(cfg.output_dir), importlib.util.find_spec("docx") is not None
+    figures, config = (read_back(folder / f"{name}.json") for name in ("metrics", "config"))
+    if not ({"rows", "pairs", "audit"} <= set(figures) and "settings" in config):
+        raise UserError(f"metrics.json or config.json in {folder} is foreign: make it again with "
+                        "--phase all, or name another --output-dir")
+    saved, free = config["settings"], ("phase", "output_dir", "device")
+    for key in set(cfg.given).difference(free):
+        if getattr(cfg, key) != saved.get(key):
+            raise UserError(f"{flag_of(key, getattr(cfg, key))} contradicts {folder / 'config.json'} "
+                            f"({saved.get(key)}): leave that flag out or train with --phase all")
+    cfg = SimpleNamespace(**vars(cfg) | {key: saved[key] for key in saved if key not in free})
+    rows = {name: row for name, row in figures["rows"].items() if row["status"] == "run"}
+    if not rows:
         raise UserError(f"no model in {folder} is trained: run --phase all or name another --output-dir")
-    for name in [name for name in MODELS if rows[name]["status"] == "run"]:
-        path = file_of(cfg, "checkpoint", name)
-        changed = differences(read_checkpoint(path)["fingerprint"], fingerprint(cfg, name))
-        if changed:
-            raise UserError(f"{path} was made otherwise ({changed}): leave that flag out or "
-                            "train with --phase all")
+    for run, name in itertools.product(runs_of(cfg), MODELS):
+        if name in rows:
+            read_checkpoint(file_of(run, "checkpoint", name))
 
     def make():
         """Draw and write everything anew."""
-        plot_curves(rows, cfg)
-        plot_comparison(rows, cfg)
+        several = len(runs_of(cfg)) > 1
+        plot_curves(figures["rows"], cfg)
+        plot_comparison(rows, several, cfg)
+        if several:
+            plot_cross_validation(rows, figures["pairs"], cfg)
         for name, row in rows.items():
-            if row["status"] == "run":
-                plot_confusion(name, row, cfg)
+            plot_confusion(name, row, cfg)
         if with_docx:
-            write_report(figures, audit, config, cfg)
-    key = digest(figures, audit, config["settings"], with_docx)
+            write_report(figures, config, cfg)
+    document = folder / REPORT
+    key = digest(figures, saved, with_docx)
     reuse("report", key, plot_paths(rows, cfg) + [document] * with_docx, cfg, make)
     print(f"Report: {document}" if with_docx else f"{document} is left out: {docx_advice}")
-
-
-def report_again(cfg):
-    """Plots and reports of what is finished in OUTPUT_DIR, from its files alone. Raises UserError."""
-    paths = [Path(cfg.output_dir, name) for name in ("config.json", "summary.json")]
-    try:
-        for path in [path for path in paths if path.exists()] or paths[:1]:
-            saved = saved_settings(path, cfg)
-            for run in runs_of(saved):
-                report_phase(run)
-            if path.name == "summary.json":
-                report_summary(saved)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"metrics.json, config.json or summary.json in {cfg.output_dir} is foreign: make it "
-                        "again with --phase all, or name another --output-dir") from error
 
 
 def main(argv=None):
@@ -2040,34 +2004,32 @@ def main(argv=None):
         with contextlib.suppress(AttributeError):
             sys.stdout.reconfigure(errors="replace")  # consoles that know few letters
     if cfg.phase == "report":
-        return report_again(cfg)
+        return report_phase(cfg)
     device, names, runs = pick_device(cfg), models_to_run(cfg), runs_of(cfg)
     if not names:
         raise UserError(f"--run-models {cfg.run_models} leaves --phase {cfg.phase} nothing to do")
     if cfg.demo:
         write_demo_corpus(cfg.ravdess_path)
-        if "bert_model" not in cfg.given:
+        if "bert_model" not in cfg.given and "bert" in names:
             write_demo_encoder(cfg.bert_model)
     corpus = find_corpus(cfg)
     if cfg.phase != "data":
         check_needs(runs, names, cfg)
     clips, audit = index_clips(corpus)
     clips = add_features(clips, audit, cfg)
-    tables = [data_phase(clips, audit, run, device) for run in runs]  # first: a fold that cannot be ends it
+    tables = [data_phase(clips, run, device) for run in runs]  # first: a fold that cannot be ends it
+    sentences, reasons = describe_data(runs, tables, audit, cfg), []
     if cfg.phase == "data":
         return None
     for number, (run, table) in enumerate(zip(runs, tables), 1):
         if len(runs) > 1:
             print(f"\n=== Run {number} of {len(runs)}: fold {run.folds}, seed {run.seed}")
-        for name in plan_training(table, names, run, device):
+        for name in plan_training(table, names, run, device, len(runs) - number):
             train_model(name, table, run, device)
-        evaluate_phase(table, run, device)
-        if cfg.phase == "all":
-            report_phase(run)
-    if len(runs) > 1:
-        summarize(runs, cfg)
-        if cfg.phase == "all":
-            report_summary(cfg)
+        reasons.append(combine(table, run, device))
+    evaluate(runs, tables, reasons, sentences, cfg)
+    if cfg.phase == "all":
+        report_phase(cfg)
     return None
 
 
