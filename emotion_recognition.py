@@ -1437,7 +1437,8 @@ def pooled(name, runs, tables):
     for cfg, clips in zip(runs, tables):
         part = read_back(file_of(cfg, "predictions", name), pd.read_csv)
         part = part.merge(clips[["clip", "transcript", "intensity", "sex"]], on="clip")
-        parts.append(part.assign(fold=int(cfg.folds), seed=cfg.seed))
+        intensity = part["intensity"].map({1: "normal intensity", 2: "strong intensity"})
+        parts.append(part.assign(intensity=intensity, fold=int(cfg.folds), seed=cfg.seed))
     return pd.concat(parts).sort_values(["seed", "clip"], ignore_index=True)
 
 
@@ -1477,15 +1478,15 @@ def figures_of(table, draws, unseen):
     splits = {split: table[table["split"] == split] for split in SPLITS}
     test = splits["test"]
     by_run = test.groupby(["fold", "seed"])[["true", "predicted"]].apply(
-        lambda rows: recall(rows["true"], rows["predicted"])).unstack()  # (folds, seeds)
-    deviation = {"folds": by_run.mean(axis=1).std(), "seeds": by_run.mean(axis=0).std()}
+        lambda rows: recall(rows["true"], rows["predicted"]))
+    by_fold, by_seed = (by_run.groupby(level=level).mean() for level in (0, 1))
     wrong = test[test["true"] != test["predicted"]]
     wrong = wrong.assign(confidence=wrong[EMOTIONS].max(axis=1).round(3)).nlargest(10, "confidence")
     fresh = test[test["actor"].isin(unseen)]
     return {
-        "uar": float(by_run.to_numpy().mean()), "interval": np.quantile(draws, (0.025, 0.975)).tolist(),
-        "by_fold": {str(fold): float(uar) for fold, uar in by_run.mean(axis=1).items()},
-        "spread": {key: float(np.nan_to_num(value)) for key, value in deviation.items()},
+        "uar": float(by_run.mean()), "interval": np.quantile(draws, (0.025, 0.975)).tolist(),
+        "by_fold": {str(fold): float(uar) for fold, uar in by_fold.items()},
+        "spread": {"folds": float(np.nan_to_num(by_fold.std())), "seeds": float(np.nan_to_num(by_seed.std()))},
         "unseen": recall(fresh["true"], fresh["predicted"]) if len(fresh) else None,
         "ece_if_perfect": calibration_error_if_perfect(test[EMOTIONS].to_numpy(), test["clip"]),
         "mistakes": wrong[["clip", "actor", "true", "predicted", "confidence"]].to_dict("records"),
@@ -1522,8 +1523,8 @@ def evaluate(runs, tables, reasons, audit, cfg):
     for first, second in itertools.combinations(tests if len(runs) > 1 else [], 2):
         oracle = reads_oracle(first, cfg) or reads_oracle(second, cfg)
         low, high = np.quantile(draws[first, oracle] - draws[second, oracle], (0.025, 0.975))
-        pairs.append({"row": first, "against": second, "low": low, "high": high,
-                      "difference": rows[first]["test"]["uar"] - rows[second]["test"]["uar"]})
+        difference = rows[first]["test"]["uar"] - rows[second]["test"]["uar"]
+        pairs.append({"row": first, "against": second, "difference": difference, "low": low, "high": high})
     save(folder / "metrics.json", described(cfg) | {"classes": EMOTIONS, "audit": audit, "rows": rows,
                                                     "pairs": pairs, "unseen_actors": unseen})
     save(folder / "config.json", described(cfg))
@@ -1713,13 +1714,17 @@ MEANING = (
 
 
 def add_table(document, table):
-    """Append a DataFrame to a docx document, in small print."""
-    from docx.shared import Pt
+    """Append a DataFrame to a docx document, in small print, columns as wide as their longest text asks."""
+    from docx.shared import Cm, Pt
     grid = document.add_table(0, len(table.columns), "Light Grid Accent 1")
-    for values in [table.columns, *table.itertuples(index=False)]:
-        for cell, value in zip(grid.add_row().cells, values):
-            text = re.sub(r"[^\t\n\x20-\ud7ff\ue000-\ufffd]", "?", str(value))  # what XML admits
+    lines = [[str(value) for value in line] for line in (table.columns, *table.itertuples(index=False))]
+    lengths = [7 + min(28, max(map(len, column))) for column in zip(*lines)]
+    for line in lines:
+        for cell, value in zip(grid.add_row().cells, line):
+            text = re.sub(r"[^\t\n\x20-\ud7ff\ue000-\ufffd]", "?", value)  # what XML admits
             cell.paragraphs[0].add_run(text).font.size = Pt(8)
+    for column, length in zip(grid.columns, lengths):
+        column.width = Cm(17 * length / sum(lengths))
     document.add_paragraph()  # tables that touch become one
 
 
@@ -1855,7 +1860,8 @@ def write_demo_encoder(folder):
 def reuse(title, key, files, cfg, make):
     """Make files unless they are there, made under the same key; a notebook sees its figures every time."""
     path = Path(cfg.output_dir, "cache", f"{title.replace(' ', '_')}.key")
-    if path.exists() and path.read_text() == key and all(file.exists() for file in files) and not in_kernel():
+    there = path.exists() and path.read_text() == key and all(file.exists() for file in files)
+    if there and not in_kernel() and cfg.phase != "report":
         print(f"Reused: {title}")
         return
     make()
