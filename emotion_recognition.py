@@ -270,6 +270,11 @@ def save(path, content):
             temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
+def save_table(path, table, cfg):
+    """Write a DataFrame as CSV, with the marks of its run in every row."""
+    save(path, table.assign(marks="; ".join(marks(cfg))))
+
+
 def read_back(path, read=lambda path: json.loads(path.read_text(encoding="utf-8"))):
     """read(path), by default as JSON; a UserError says how to make a file that is missing or broken."""
     try:
@@ -1335,7 +1340,7 @@ def train_model(name, clips, cfg, device):
     if path.exists():  # first, so that no checkpoint ever stands beside the files of another
         path.replace(path.with_suffix(".previous.pth"))
     for kind, content in (("history", history), ("predictions", table)):
-        save(file_of(cfg, kind, name), content.assign(marks="; ".join(marks(cfg))))
+        save_table(file_of(cfg, kind, name), content, cfg)
     with replacing(path) as temporary:
         torch.save({
             "model": name, "spec": model.spec, "weights": model.state_dict(), "classes": EMOTIONS,
@@ -1348,6 +1353,12 @@ def train_model(name, clips, cfg, device):
 def predictions_table(clips, probabilities):
     """A row per clip: its split, actor, true and predicted emotion, and a probability per emotion."""
     table = clips[["split", "clip", "actor", "emotion"]].rename(columns={"emotion": "true"})
+    return with_probabilities(table, probabilities)
+
+
+def with_probabilities(table, probabilities):
+    """A predictions table with other probabilities (N, C), and the strongest emotion by them."""
+    table = table.copy()
     table[EMOTIONS] = probabilities
     return table.assign(predicted=table[EMOTIONS].idxmax(axis=1))
 
@@ -1363,11 +1374,6 @@ def versions():
             **{module.__name__: str(module.__version__) for module in (torch, np, pd)}}
 
 
-def text_of(named):
-    """Names and values in one line."""
-    return ", ".join(f"{name} {value}" for name, value in named.items())
-
-
 # %% 15. Evaluation: rows made of others, figures, intervals
 def rows_of(cfg):
     """The names of the rows that these settings ask for."""
@@ -1378,13 +1384,6 @@ def rows_of(cfg):
 def reads_oracle(name, cfg):
     """Whether a row reads sentences that were drawn by label."""
     return cfg.use_simulated_sentences and not name.startswith("cnn")
-
-
-def with_probabilities(table, probabilities):
-    """A predictions table with other probabilities (N, C), and the strongest emotion by them."""
-    table = table.copy()
-    table[EMOTIONS] = probabilities
-    return table.assign(predicted=table[EMOTIONS].idxmax(axis=1))
 
 
 def pool(tables):
@@ -1409,7 +1408,7 @@ def combine_views(clips, cfg, device):
     dataset, tables = ClipDataset(clips, model, cfg, device), []
     for dataset.view in VIEWS[:cfg.test_views]:
         tables.append(predictions_table(clips, predict(model, dataset).softmax(dim=1).numpy()))
-    return pool(tables).assign(marks="; ".join(marks(cfg)))
+    return pool(tables)
 
 
 def combine(clips, cfg, device):
@@ -1425,9 +1424,10 @@ def combine(clips, cfg, device):
         reasons[name] = f"{' and '.join(missing)} did not run" if missing else ""
         if name == "cnn_views" and not missing:
             key = digest(file_of(cfg, "predictions", "cnn").read_bytes(), cfg.test_views)
-            reuse("views", key, [path], cfg, lambda path=path: save(path, combine_views(clips, cfg, device)))
+            reuse("views", key, [path], cfg,
+                  lambda path=path: save_table(path, combine_views(clips, cfg, device), cfg))
         elif not missing:
-            save(path, combine_late(name, cfg))
+            save_table(path, combine_late(name, cfg), cfg)
     return reasons
 
 
@@ -1486,7 +1486,8 @@ def figures_of(table, draws, unseen):
     return {
         "uar": float(by_run.mean()), "interval": np.quantile(draws, (0.025, 0.975)).tolist(),
         "by_fold": {str(fold): float(uar) for fold, uar in by_fold.items()},
-        "spread": {"folds": float(np.nan_to_num(by_fold.std())), "seeds": float(np.nan_to_num(by_seed.std()))},
+        "spread": {key: float(np.nan_to_num(uars.std()))
+                   for key, uars in (("folds", by_fold), ("seeds", by_seed))},
         "unseen": recall(fresh["true"], fresh["predicted"]) if len(fresh) else None,
         "ece_if_perfect": calibration_error_if_perfect(test[EMOTIONS].to_numpy(), test["clip"]),
         "mistakes": wrong[["clip", "actor", "true", "predicted", "confidence"]].to_dict("records"),
@@ -1517,8 +1518,7 @@ def evaluate(runs, tables, reasons, audit, cfg):
         draws |= {(name, each): bootstrap_uar(test, each) for each in {oracle, cfg.use_simulated_sentences}}
         rows[name] |= figures_of(table, draws[name, oracle], unseen)
         if len(runs) > 1:
-            save(folder / "predictions" / f"{ROWS[name].stem}_out_of_fold.csv",
-                 test.assign(marks="; ".join(marks(cfg))))
+            save_table(folder / "predictions" / f"{ROWS[name].stem}_out_of_fold.csv", test, cfg)
     pairs = []
     for first, second in itertools.combinations(tests if len(runs) > 1 else [], 2):
         oracle = reads_oracle(first, cfg) or reads_oracle(second, cfg)
@@ -1788,7 +1788,7 @@ def write_report(figures, config, cfg):
             by_emotion.reset_index(), pd.DataFrame(ran[name]["mistakes"])]
     write_document(Path(cfg.output_dir, REPORT), "Speech emotion recognition: report", sections | {
         "Plots": plot_paths(rows, cfg), "What the figures mean, and what they do not": MEANING,
-        "How to repeat this": [config["command"], text_of(config["versions"])],
+        "How to repeat this": [config["command"], str(config["versions"])],
         "Settings": [pd.DataFrame(config["settings"].items(), columns=["setting", "value"])]}, cfg)
 
 
@@ -1871,7 +1871,7 @@ def reuse(title, key, files, cfg, make):
 def data_phase(clips, cfg, device):
     """Split and transcribe clips that have features: the table of one run, with all its columns."""
     clips = add_transcripts(split_clips(clips, cfg), cfg, device)
-    save(Path(cfg.output_dir, "clips.csv"), clips.drop(columns="mel").assign(marks="; ".join(marks(cfg))))
+    save_table(Path(cfg.output_dir, "clips.csv"), clips.drop(columns="mel"), cfg)
     return clips
 
 
