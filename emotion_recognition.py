@@ -185,10 +185,10 @@ def runs_of(cfg):
 
 
 def kind_and_limits(name):
-    """The type of a setting, its least value, and what it must be below; an edited 0 may stand for 0.0."""
+    """The type of a setting, whatever an edited constant has, its least value, and what it must be below."""
     known = (limits for key, limits in LIMITS.items() if name.lower().startswith(key))
     low, high = next(known, (1, 2**31))
-    return float if type(low) is float else SETTINGS[name], low, high
+    return type(low) if SETTINGS[name] in (int, float) else SETTINGS[name], low, high
 
 
 def check_settings(cfg):
@@ -365,7 +365,7 @@ def index_clips(folder):
     clips = clips[[not reason for reason in reasons]]
     if clips.empty:
         raise UserError(f"no clip in {folder} can be read: see --ravdess-path")
-    twin = clips.duplicated("clip")  # now, so that a damaged first copy does not hide a good second one
+    twin = clips.duplicated("clip")  # now, so that a cut-off first copy does not hide a good second one
     clips = clips[~twin].sort_values("clip", ignore_index=True)
     return clips, audit | {"files": dict(counts), "twins": int(twin.sum())}
 
@@ -376,6 +376,8 @@ def inspect_file(path):
         content = Path(path).read_bytes()
     except OSError:
         return "", "not readable"
+    if not content:
+        return "", "not readable: it is empty"
     declared = int.from_bytes(content[4:8], "little")  # libsndfile reads a WAV file that was cut off silently
     if content[:4] == b"RIFF" and len(content) < declared < 2**32 - 64:
         return "", "cut off: less data than its header says"
@@ -446,7 +448,7 @@ def split_clips(clips, cfg):
 def describe_split(clips, cfg):
     """The clips and actors of each split as one sentence."""
     parts = {split: clips[clips["split"] == split] for split in SPLITS}
-    return f"Fold {cfg.folds}: " + "; ".join(
+    return ("Random split: " if cfg.split == "random" else f"Fold {cfg.folds}: ") + "; ".join(
         f"{split} {len(part)} clips of actors {' '.join(map(str, sorted(part['actor'].unique())))}"
         for split, part in parts.items()) + "."
 
@@ -1079,23 +1081,20 @@ class EarlyFusion(Encoder):
 # %% 14. Training, prediction, scores, checkpoints
 # A row of every table: class, stem of its files, title, suffix of its constants, the rows it is made of.
 ModelRow = namedtuple("ModelRow", "kind stem title suffix parts", defaults=[()])
-MODELS = {
+ROWS = {  # in the order of the tables; views, ensembles and late fusion are arithmetic: no class
     "cnn": ModelRow(AudioCNN, "AudioCNN", "AudioCNN", "cnn"),
-    "rnn": ModelRow(TextRNN, "TextRNN", "TextRNN", "rnn"),
-    "bert": ModelRow(TextBERT, "TextBERT", "TextBERT", "bert"),
-    "fusion_rnn": ModelRow(EarlyFusion, "EarlyFusion_RNN", "Early fusion, RNN", "fusion", ("cnn", "rnn")),
-    "fusion_bert": ModelRow(EarlyFusion, "EarlyFusion_BERT", "Early fusion, BERT", "fusion", ("cnn", "bert")),
-}
-ROWS = {  # in the order of the tables; late fusion, views and ensembles are arithmetic: no class
-    "cnn": MODELS["cnn"],
     "cnn_views": ModelRow(None, "AudioCNN_views", "AudioCNN, several views", "", ("cnn",)),
     "cnn_ensemble": ModelRow(None, "AudioCNN_ensemble", "AudioCNN, ensemble", "", ("cnn",)),
     "cnn_views_ensemble": ModelRow(None, "AudioCNN_views_ensemble", "AudioCNN, ensemble, views", "",
                                    ("cnn",)),
-    **MODELS,
+    "rnn": ModelRow(TextRNN, "TextRNN", "TextRNN", "rnn"),
+    "bert": ModelRow(TextBERT, "TextBERT", "TextBERT", "bert"),
+    "fusion_rnn": ModelRow(EarlyFusion, "EarlyFusion_RNN", "Early fusion, RNN", "fusion", ("cnn", "rnn")),
+    "fusion_bert": ModelRow(EarlyFusion, "EarlyFusion_BERT", "Early fusion, BERT", "fusion", ("cnn", "bert")),
     "late_rnn": ModelRow(None, "LateFusion_RNN", "Late fusion, RNN", "", ("cnn", "rnn")),
     "late_bert": ModelRow(None, "LateFusion_BERT", "Late fusion, BERT", "", ("cnn", "bert")),
 }
+MODELS = {name: row for name, row in ROWS.items() if row.kind}  # what is trained, parts first
 FILES = {"checkpoint": "{}_best.pth", "history": "histories/{}.csv", "predictions": "predictions/{}.csv"}
 
 
@@ -1278,14 +1277,18 @@ def read_checkpoint(path):
 def restore_model(path):
     """The model of a checkpoint, on the CPU, in evaluation mode."""
     checkpoint = read_checkpoint(path)
-    model = MODELS[checkpoint["model"]].kind(**checkpoint["spec"])
-    model.load_state_dict(checkpoint["weights"])
+    try:
+        model = MODELS[checkpoint["model"]].kind(**checkpoint["spec"])
+        model.load_state_dict(checkpoint["weights"])
+    except (KeyError, RuntimeError, TypeError) as error:
+        raise UserError(f"{path} was made by another version of this script: train it again with "
+                        "--phase all, or name another --output-dir") from error
     return model.eval()
 
 
 def fingerprint(cfg, name, clips=None):
     """What a checkpoint depends on, as a flat dict: settings, with `clips` the data too, and its parts'."""
-    mark = settings_for(cfg, name)
+    mark = settings_for(cfg, name) | {"version": 2}  # of the networks and their training
     keys = ["seed", "split", "folds"] + {"cnn": [*FEATURES, "mixup"]}.get(name, ["word_dropout"])
     keys += ["max_tokens", "use_simulated_sentences"] if name in ("rnn", "bert") else []
     keys += ["bert_model"] if name == "bert" else []
@@ -1422,11 +1425,13 @@ def combine(clips, cfg, device):
             continue
         missing = [ROWS[part].title for part in ROWS[name].parts if reasons[part]]
         reasons[name] = f"{' and '.join(missing)} did not run" if missing else ""
-        if name == "cnn_views" and not missing:
+        if missing:
+            path.unlink(missing_ok=True)
+        elif name == "cnn_views":
             key = digest(file_of(cfg, "predictions", "cnn").read_bytes(), cfg.test_views)
             reuse("views", key, [path], cfg,
                   lambda path=path: save_table(path, combine_views(clips, cfg, device), cfg))
-        elif not missing:
+        else:
             save_table(path, combine_late(name, cfg), cfg)
     return reasons
 
@@ -1447,24 +1452,27 @@ def ensemble(table):
     return pd.concat(pool([rows for _, rows in part.groupby("seed")]) for _, part in table.groupby("fold"))
 
 
-def resampled(clusters, draws=2000):
-    """How often each row counts when whole clusters (N,) are drawn with replacement: (draws, N)."""
-    names, which = np.unique(clusters, return_inverse=True)
+def resampled(clusters, names=None, draws=2000):
+    """How often each row counts when whole clusters (N,) are drawn with replacement: (draws, N).
+
+    Tables with the same cluster `names`, by default those that occur, share their draws.
+    """
+    names = np.unique(clusters if names is None else names)
     counts = np.random.default_rng(0).multinomial(len(names), np.full(len(names), 1 / len(names)), draws)
-    return counts[:, which].astype(np.float32)
+    return counts[:, np.searchsorted(names, clusters)].astype(np.float32)
 
 
 def weighted_uar(weights, table):
     """The UAR of a predictions table (N rows) under each row of weights (draws, N): (draws,)."""
     true = table["true"].to_numpy()[:, None] == np.array(EMOTIONS)  # (N, C)
     right = true & (table["predicted"] == table["true"]).to_numpy()[:, None]
-    return (weights @ right / np.maximum(weights @ true, 1)).mean(axis=1)
+    counts = weights @ true
+    return np.nanmean(np.where(counts > 0, weights @ right / np.maximum(counts, 1), np.nan), axis=1)
 
 
-def bootstrap_uar(test, by_sentence):
-    """The UAR of test predictions when actors, and sentences if asked, are drawn anew 2000 times: (2000,)."""
-    weights = resampled(test["actor"])
-    return weighted_uar(weights * resampled(test["transcript"]) if by_sentence else weights, test)
+def uar_of(table):
+    """The UAR of a predictions table."""
+    return recall(table["true"], table["predicted"])
 
 
 def unseen_actors(actors):
@@ -1477,8 +1485,7 @@ def figures_of(table, draws, unseen):
     """All figures of one row from its pooled predictions and its test UAR in bootstrap draws (draws,)."""
     splits = {split: table[table["split"] == split] for split in SPLITS}
     test = splits["test"]
-    by_run = test.groupby(["fold", "seed"])[["true", "predicted"]].apply(
-        lambda rows: recall(rows["true"], rows["predicted"]))
+    by_run = test.groupby(["fold", "seed"])[["true", "predicted"]].apply(uar_of)
     by_fold, by_seed = (by_run.groupby(level=level).mean() for level in (0, 1))
     wrong = test[test["true"] != test["predicted"]]
     wrong = wrong.assign(confidence=wrong[EMOTIONS].max(axis=1).round(3)).nlargest(10, "confidence")
@@ -1486,14 +1493,13 @@ def figures_of(table, draws, unseen):
     return {
         "uar": float(by_run.mean()), "interval": np.quantile(draws, (0.025, 0.975)).tolist(),
         "by_fold": {str(fold): float(uar) for fold, uar in by_fold.items()},
-        "spread": {key: float(np.nan_to_num(uars.std()))
+        "spread": {key: float(uars.std()) if len(uars) > 1 else None
                    for key, uars in (("folds", by_fold), ("seeds", by_seed))},
-        "unseen": recall(fresh["true"], fresh["predicted"]) if len(fresh) else None,
+        "unseen": uar_of(fresh) if len(fresh) else None,
         "ece_if_perfect": calibration_error_if_perfect(test[EMOTIONS].to_numpy(), test["clip"]),
         "mistakes": wrong[["clip", "actor", "true", "predicted", "confidence"]].to_dict("records"),
-        "by_actor": {str(actor): recall(rows["true"], rows["predicted"])
-                     for actor, rows in test.groupby("actor")},
-        "groups": {split: {group: recall(rows["true"], rows["predicted"]) for column in ("intensity", "sex")
+        "by_actor": {str(actor): uar_of(rows) for actor, rows in test.groupby("actor")},
+        "groups": {split: {group: uar_of(rows) for column in ("intensity", "sex")
                            for group, rows in part.groupby(column)} for split, part in splits.items()},
         **{split: score_table(part) for split, part in splits.items()}}
 
@@ -1502,6 +1508,7 @@ def evaluate(runs, tables, reasons, audit, cfg):
     """Score every row on the predictions of all runs, pooled; writes metrics.json and config.json."""
     rows, tests, draws, folder = {}, {}, {}, Path(cfg.output_dir)
     unseen = unseen_actors(sorted(map(int, tables[0]["actor"].unique()))) if cfg.split == "speaker" else []
+    sentences = sorted(set().union(*(clips["transcript"] for clips in tables)))
     for old in folder.glob("predictions/*_out_of_fold.csv"):
         old.unlink()
     for name in rows_of(cfg):
@@ -1509,13 +1516,15 @@ def evaluate(runs, tables, reasons, audit, cfg):
         why = next((each[part] for each in reasons if each[part]), "")
         rows[name] = {"title": ROWS[name].title + " (oracle text)" * oracle,
                       "status": f"not run: {why}" if why else "run"}
-        if why:  # nothing of an earlier run may pass for this one's
-            plot_path(f"confusion_{ROWS[name].stem}", cfg).unlink(missing_ok=True)
+        if why:
             continue
         table = pooled(part, runs, tables)
         table = table if name == part else ensemble(table)
         tests[name] = test = table[table["split"] == "test"]
-        draws |= {(name, each): bootstrap_uar(test, each) for each in {oracle, cfg.use_simulated_sentences}}
+        for by_sentence in {oracle, cfg.use_simulated_sentences}:  # a pair of rows needs the same draws
+            weights = resampled(test["actor"])
+            weights = weights * resampled(test["transcript"], sentences) if by_sentence else weights
+            draws[name, by_sentence] = weighted_uar(weights, test)
         rows[name] |= figures_of(table, draws[name, oracle], unseen)
         if len(runs) > 1:
             save_table(folder / "predictions" / f"{ROWS[name].stem}_out_of_fold.csv", test, cfg)
@@ -1525,6 +1534,10 @@ def evaluate(runs, tables, reasons, audit, cfg):
         low, high = np.quantile(draws[first, oracle] - draws[second, oracle], (0.025, 0.975))
         difference = rows[first]["test"]["uar"] - rows[second]["test"]["uar"]
         pairs.append({"row": first, "against": second, "difference": difference, "low": low, "high": high})
+    with contextlib.suppress(UserError, KeyError, TypeError):
+        if read_back(folder / "metrics.json")["rows"] != rows:  # no report may pass for that of these figures
+            for old in {folder / REPORT, *folder.glob("plots/*.png")}.difference(plot_paths({}, cfg)):
+                old.unlink(missing_ok=True)
     save(folder / "metrics.json", described(cfg) | {"classes": EMOTIONS, "audit": audit, "rows": rows,
                                                     "pairs": pairs, "unseen_actors": unseen})
     save(folder / "config.json", described(cfg))
@@ -1546,7 +1559,7 @@ def result_tables(rows, several):
                  "macro-F1": f"{test['macro_f1']:.1%}", "NLL": f"{test['nll']:.3f}",
                  "ECE": f"{test['ece']:.3f}", "ECE if perfect": f"{row['ece_if_perfect']:.3f}"},
                 {"UAR": f"{row['uar']:.1%}", "95 % interval": "{:.1%} to {:.1%}".format(*row["interval"]),
-                 **{f"SD {key}": f"{100 * value:.1f}" if value else "-"
+                 **{f"SD {key}": "-" if value is None else f"{100 * value:.1f}"
                     for key, value in row["spread"].items()},
                  "unseen actors": f"{row['unseen']:.1%}" if row["unseen"] is not None else "-"}]
         for lines, line in zip(tables.values(), figures):
@@ -1587,7 +1600,8 @@ def plot_counts(clips, cfg):
     sns.countplot(clips, x="emotion", hue="split", order=EMOTIONS, hue_order=SPLITS, ax=axis)
     for bars in axis.containers:
         axis.bar_label(bars, fontsize=8)
-    axis.set(title=f"Clips per emotion, {len(clips)} in all", xlabel="", ylabel="clips")
+    split = "random split" if cfg.split == "random" else f"fold {names_in(cfg.folds)[0]}"
+    axis.set(title=f"Clips per emotion, {len(clips)} in all, {split}", xlabel="", ylabel="clips")
     axis.legend(title="", loc="upper left", bbox_to_anchor=(1, 1))
     save_figure(figure, "class_counts", cfg)
 
@@ -1635,7 +1649,7 @@ def plot_confusion(name, row, cfg):
     counts = np.array(row["test"]["confusion"])
     shares = 100 * counts / np.maximum(1, counts.sum(axis=1, keepdims=True))
     figure, axes = plt.subplots(1, 2, figsize=(13, 6), layout="constrained")
-    kinds = ("clips", counts, "d"), ("% of the true emotion", shares, ".0f")
+    kinds = ("predictions", counts, "d"), ("% of the true emotion", shares, ".0f")
     for axis, (title, values, form) in zip(axes, kinds):
         sns.heatmap(values, annot=True, fmt=form, cmap="Blues", cbar=False, square=True, ax=axis,
                     xticklabels=EMOTIONS, yticklabels=EMOTIONS)
@@ -1658,7 +1672,7 @@ def draw_comparison(axis, rows, several):
         axis.plot([100 * end for end in row["interval"]], [place + 0.2] * 2, "k-", linewidth=1)
         axis.plot(folds, [place + 0.2] * len(folds), "k.", markersize=4)
     axis.axvline(100 / len(EMOTIONS), color="firebrick", linestyle="--", label="chance")
-    title = "UAR in %: mean (bar), each fold (dots), 95 % interval of the mean (line)"
+    title = "UAR in %: mean (bar), each fold (dots), 95 % interval of the pooled UAR (line)"
     axis.set(xlim=(0, 101), xlabel="", ylabel="", title=title if several else "UAR in %")
     axis.legend(title="", loc="upper left", bbox_to_anchor=(1, 1))
 
@@ -1744,7 +1758,7 @@ def write_document(path, title, sections, cfg):
         document.add_heading(heading, 1)
         for part in parts:
             if isinstance(part, pd.DataFrame):
-                add_table(document, part)
+                add_table(document, part if len(part) else pd.DataFrame({"none": []}))
             elif isinstance(part, Path):
                 document.add_picture(str(part), width=Cm(17))
             else:
@@ -1753,13 +1767,12 @@ def write_document(path, title, sections, cfg):
         document.save(temporary)
 
 
-def write_report(figures, config, cfg):
+def write_report(figures, cfg):
     """Write the report as .docx from what the other stages left; needs no model."""
     rows, several = figures["rows"], len(runs_of(cfg)) > 1
     ran = {name: row for name, row in rows.items() if row["status"] == "run"}
     best = max(ran, key=lambda name: ran[name]["validation"]["uar"])
     shown = [name for name in ran if name in ("cnn", best)]
-    tables = result_tables(rows, several)
     groups = [{"model": row["title"]} | {group: f"{uar:.1%}" for group, uar in row["groups"]["test"].items()}
               for row in ran.values()]
     sections = {"Summary": [
@@ -1767,20 +1780,19 @@ def write_report(figures, config, cfg):
             note=" (best row on validation)" if name == best else "", **ran[name]["test"] | ran[name])
           for name in shown), *(f"Mind: {mark}." for mark in figures["marks"])],
         "Data and split": figures["audit"],
-        **{heading: [table] for heading, table in tables.items()}}
-    sections["Test"].insert(0, f"Text encoder of the BERT rows: {config['settings']['bert_model']}.")
+        **{heading: [table] for heading, table in result_tables(rows, several).items()}}
+    sections["Test"].insert(0, f"Text encoder of the BERT rows: {cfg.bert_model}.")
     if several:
-        fresh, pairs = figures["unseen_actors"], pd.DataFrame(figures["pairs"])
-        pairs[["row", "against"]] = pairs[["row", "against"]].map(lambda name: rows[name]["title"])
-        numbers = ["difference", "low", "high"]
-        pairs[numbers] = (100 * pairs[numbers]).map("{:+.1f}".format)
         sections["Test UAR over folds and seeds"] += [
             f"Folds {cfg.folds}, {cfg.runs} run(s) of each, seeds from {cfg.seed}. UAR is the mean over "
             "folds and seeds; SD: standard deviation over one of them.",
             "The interval is a bootstrap of the pooled test predictions: actors are drawn with replacement, "
             "2000 times; in rows that read simulated sentences, sentences too.",
-            f"Unseen actors are validation in no fold, no choice has heard them: {fresh or 'none'}."]
-        sections["Paired differences in pooled UAR, in points, with their 95 % intervals"] = [pairs]
+            "Unseen actors are validation in no fold, no choice has heard them: "
+            f"{figures['unseen_actors'] or 'none'}."]
+        sections["Paired differences in pooled UAR, in points, with their 95 % intervals"] = [pd.DataFrame([
+            {key: rows[value]["title"] if key in ("row", "against") else f"{100 * value:+.1f}"
+             for key, value in pair.items()} for pair in figures["pairs"]])]
     sections["Test UAR by intensity and sex"] = [pd.DataFrame(groups)]
     for name in shown:
         by_emotion = pd.DataFrame(ran[name]["test"]["per_class"]).T.round(3).rename_axis("emotion")
@@ -1788,8 +1800,8 @@ def write_report(figures, config, cfg):
             by_emotion.reset_index(), pd.DataFrame(ran[name]["mistakes"])]
     write_document(Path(cfg.output_dir, REPORT), "Speech emotion recognition: report", sections | {
         "Plots": plot_paths(rows, cfg), "What the figures mean, and what they do not": MEANING,
-        "How to repeat this": [config["command"], str(config["versions"])],
-        "Settings": [pd.DataFrame(config["settings"].items(), columns=["setting", "value"])]}, cfg)
+        "How to repeat this": [figures["command"], str(figures["versions"])],
+        "Settings": [pd.DataFrame(figures["settings"].items(), columns=["setting", "value"])]}, cfg)
 
 
 # %% 18. The demo
@@ -1911,8 +1923,8 @@ def check_needs(runs, names, cfg):
         print(f"The .docx will be left out: {docx_advice}")
     folder = Path(cfg.output_dir)
     save(folder / "cache" / "writable.key", b"")
-    large = 0 if cfg.demo else sum("bert" in name for _, name in todo)  # their checkpoints, new and previous
-    free, need = shutil.disk_usage(folder).free / 1e9, 0.1 + 0.6 * large
+    large = 0 if cfg.demo else sum("bert" in name for _, name in todo)  # checkpoints of 0.3 GB
+    free, need = shutil.disk_usage(folder).free / 1e9, 0.3 + 0.3 * large
     if free < need:
         raise UserError(f"{folder} has {free:.1f} GB left of {need:.1f} needed: name another --output-dir")
 
@@ -1966,21 +1978,22 @@ def described(cfg):
 
 
 def report_phase(cfg):
-    """Plots and .docx from what lies in OUTPUT_DIR alone, reused when nothing of it has changed."""
-    folder, with_docx = Path(cfg.output_dir), importlib.util.find_spec("docx") is not None
-    figures, config = (read_back(folder / f"{name}.json") for name in ("metrics", "config"))
-    if not ({"rows", "pairs", "audit"} <= set(figures) and "settings" in config):
-        raise UserError(f"metrics.json or config.json in {folder} is foreign: make it again with "
-                        "--phase all, or name another --output-dir")
-    saved, free = config["settings"], ("phase", "output_dir", "device")
+    """Plots and .docx from what lies in OUTPUT_DIR alone; --phase report draws them in any case."""
+    path, with_docx = Path(cfg.output_dir, "metrics.json"), importlib.util.find_spec("docx") is not None
+    figures, document = read_back(path), Path(cfg.output_dir, REPORT)
+    if not {"rows", "pairs", "audit", "settings"} <= set(figures):
+        raise UserError(f"{path} is foreign: make it again with --phase all, or name another --output-dir")
+    saved, free = figures["settings"], ("phase", "output_dir", "device")
     for key in set(cfg.given).difference(free):
         if getattr(cfg, key) != saved.get(key):
-            raise UserError(f"{flag_of(key, getattr(cfg, key))} contradicts {folder / 'config.json'} "
-                            f"({saved.get(key)}): leave that flag out or train with --phase all")
+            raise UserError(f"{flag_of(key, getattr(cfg, key))} contradicts {path} ({saved.get(key)}): leave "
+                            "that flag out or train with --phase all")
     cfg = SimpleNamespace(**vars(cfg) | {key: saved[key] for key in saved if key not in free})
     rows = {name: row for name, row in figures["rows"].items() if row["status"] == "run"}
     if not rows:
-        raise UserError(f"no model in {folder} is trained: run --phase all or name another --output-dir")
+        raise UserError(f"no model in {path.parent} is trained: run --phase all or name another --output-dir")
+    for missing in (plot for plot in plot_paths({}, cfg) if not plot.exists()):
+        raise UserError(f"{missing} is missing: make it with --phase data")
     for run, name in itertools.product(runs_of(cfg), MODELS):
         if name in rows:
             read_checkpoint(file_of(run, "checkpoint", name))
@@ -1995,9 +2008,8 @@ def report_phase(cfg):
         for name, row in rows.items():
             plot_confusion(name, row, cfg)
         if with_docx:
-            write_report(figures, config, cfg)
-    document = folder / REPORT
-    key = digest(figures, saved, with_docx)
+            write_report(figures, cfg)
+    key = digest(figures["rows"], saved, with_docx)
     reuse("report", key, plot_paths(rows, cfg) + [document] * with_docx, cfg, make)
     print(f"Report: {document}" if with_docx else f"{document} is left out: {docx_advice}")
 

@@ -892,6 +892,16 @@ def test_a_cluster_is_drawn_as_a_whole_and_as_many_as_there_are():
     assert weights.mean(axis=0) == pytest.approx(np.ones(6), abs=0.15)
 
 
+def test_tables_with_the_same_names_share_their_draws():
+    few, all_of_them = np.array(["b", "d"]), np.array(["d", "a", "c", "b"])
+    assert (er.resampled(few, all_of_them)[:, [1, 0]] == er.resampled(all_of_them)[:, [0, 3]]).all()
+
+
+def test_an_emotion_that_is_not_drawn_counts_for_nothing():
+    table = predictions(1).assign(predicted=lambda table: table["true"])
+    assert er.weighted_uar((table[["true"]].T == "sad").to_numpy().astype(int), table) == [1.0]
+
+
 def test_a_weighted_uar_is_that_of_clips_which_are_there_so_often():
     table, rng = predictions(1), np.random.default_rng(2)
     weights = rng.integers(1, 4, (3, len(table)))
@@ -999,15 +1009,37 @@ def test_cross_validation_pools_all_runs_and_resumes(finished, trained, capsys, 
     assert "AudioCNN, ensemble, views" in capsys.readouterr().out
     er.main(command)
     assert len(trained) == 8
-    with pytest.raises(er.UserError, match=r"--folds 0 contradicts .*config\.json .0,1."):
+    with pytest.raises(er.UserError, match=r"--folds 0 contradicts .*metrics\.json .0,1."):
         er.main(["--phase", "report", "--folds", "0"])
-    monkeypatch.setattr(er, "plot_paths", lambda _, cfg: [er.plot_path("cross_validation", cfg)])
+    monkeypatch.setattr(
+        er, "plot_paths", lambda rows, cfg: [er.plot_path("cross_validation", cfg)] if rows else [])
     er.main(["--phase", "report"])
     import docx
     document = docx.Document("outputs/emotion_recognition_report.docx")
     text = " ".join(paragraph.text for paragraph in document.paragraphs)
     assert len(document.inline_shapes) == 1 and "Paired differences" in text
     assert all(flag in text for flag in ("--folds 0,1", "--runs 2", "--test-views 2"))
+
+
+def test_reports_of_several_folds_and_of_one_do_not_mix(finished):
+    command = ["--ravdess-path", str(finished / CORPUS), "--run-models", "rnn", *TINY]
+    page, document = (Path("outputs", name) for name in ("plots/cross_validation.png", DOCUMENT.name))
+    er.main([*command, "--folds", "0,1"])  # a single row has no pairs
+    assert page.exists() and document.exists()
+    er.main([*command, "--phase", "unimodal"])
+    assert not page.exists() and not document.exists() and Path("outputs/plots/samples.png").exists()
+
+
+def test_a_checkpoint_of_another_version_is_trained_anew(copied):
+    cfg = er.parse_settings(DEMO)
+    path = er.file_of(cfg, "checkpoint", "cnn")
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["fingerprint"].pop("version")
+    checkpoint["weights"]["trait_heads.weight"] = torch.zeros(3, 256)
+    torch.save(checkpoint, path)
+    assert "version None -> " in er.out_of_date(cfg, "cnn", None)
+    with pytest.raises(er.UserError, match="another version"):
+        er.restore_model(path)
 
 
 def test_one_seed_gives_the_same_weights_in_a_new_process_and_another_seed_others(finished):
@@ -1148,7 +1180,7 @@ ONE_SENTENCE = {  # what is wrong: (command line, what the sentence must name, h
                   lambda patch: patch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))),
     "broken torchaudio": (OWN, 'torchaudio|pip install "torch', break_torchaudio),
     "nothing to report": ("--phase report --output-dir none", "none|--phase all"),
-    "other settings": (f"{REPORT} --epochs-cnn 9", f"--epochs-cnn 9|{OUTPUT / 'config.json'} (1)"),
+    "other settings": (f"{REPORT} --epochs-cnn 9", f"--epochs-cnn 9|{OUTPUT / 'metrics.json'} (1)"),
     "report, cut": (REPORT, f"{CNN}|--phase", lambda _: cut(CNN, 5000)),
     "report, foreign": (REPORT, f"{CNN}|--phase", lambda _: torch.save({"a": 1}, CNN)),
     "report, hostile": (REPORT, f"{CNN}|--phase", lambda _: torch.save(Hostile(), CNN)),
