@@ -2,11 +2,11 @@
 """
 # Speech emotion recognition on RAVDESS: sound, words, and both
 
-Trains and compares seven ways to tell eight emotions apart on speakers the models have never heard:
+Trains five models and compares nine ways to tell eight emotions apart on speakers that none has ever heard:
 
     clip --> log-mel spectrogram ------------> AudioCNN ----------.---> early fusion: joined features,
      |                                                            |     one new classification head
-     '--> transcript (simulated | Whisper) --> TextRNN, TextBERT -'---> late fusion: mean of probabilities
+     '--> transcript (simulated | Whisper) --> TextRNN, TextBERT -'---> late fusion: mean or learned weights
 
     python emotion_recognition.py                                everything, on the corpus in archive/
     python emotion_recognition.py --demo                         everything, on a small synthetic corpus
@@ -52,6 +52,8 @@ import soundfile
 import soxr
 import torch
 import torch.nn.functional as F
+from scipy.optimize import minimize
+from scipy.special import log_softmax, softmax
 from sklearn import metrics
 from sklearn.model_selection import train_test_split
 from torch import nn
@@ -1093,6 +1095,8 @@ ROWS = {  # in the order of the tables; views, ensembles and late fusion are ari
     "fusion_bert": ModelRow(EarlyFusion, "EarlyFusion_BERT", "Early fusion, BERT", "fusion", ("cnn", "bert")),
     "late_rnn": ModelRow(None, "LateFusion_RNN", "Late fusion, RNN", "", ("cnn", "rnn")),
     "late_bert": ModelRow(None, "LateFusion_BERT", "Late fusion, BERT", "", ("cnn", "bert")),
+    "learned_rnn": ModelRow(None, "LearnedFusion_RNN", "Learned late fusion, RNN", "", ("cnn", "rnn")),
+    "learned_bert": ModelRow(None, "LearnedFusion_BERT", "Learned late fusion, BERT", "", ("cnn", "bert")),
 }
 MODELS = {name: row for name, row in ROWS.items() if row.kind}  # what is trained, parts first
 FILES = {"checkpoint": "{}_best.pth", "history": "histories/{}.csv", "predictions": "predictions/{}.csv"}
@@ -1224,11 +1228,17 @@ def recall(true, predicted):
     return float(metrics.recall_score(true, predicted, labels=labels, average="macro", zero_division=0))
 
 
-def calibration_error(probabilities, true, bins=15):
-    """ECE: mean distance of confidence and accuracy over equal bins of confidence, weighted by size."""
+def reliability(probabilities, true, bins=15):
+    """Clips, their summed confidence and right answers in each of equal bins of confidence: (3, bins)."""
     confidence, right = probabilities.max(axis=1), probabilities.argmax(axis=1) == true
     which = np.minimum((confidence * bins).astype(int), bins - 1)
-    return float(sum(abs((confidence - right)[which == b].sum()) for b in range(bins)) / len(true))
+    return np.stack([np.bincount(which, weights, bins) for weights in (None, confidence, right)])
+
+
+def calibration_error(probabilities, true):
+    """ECE: mean distance of confidence and accuracy over the bins of confidence, weighted by their size."""
+    _, confidence, right = reliability(probabilities, true)
+    return float(abs(confidence - right).sum() / len(true))
 
 
 def calibration_error_if_perfect(probabilities, clips, draws=200):
@@ -1252,6 +1262,7 @@ def score(probabilities, true):
         "macro_f1": float(report["macro avg"]["f1-score"]),
         "nll": float(metrics.log_loss(true, probabilities, labels=labels)),
         "ece": calibration_error(probabilities, np.asarray(true)),
+        "reliability": reliability(probabilities, np.asarray(true)).tolist(),
         "per_class": {e: {key: float(value) for key, value in report[e].items()} for e in EMOTIONS},
         "confusion": metrics.confusion_matrix(true, found, labels=labels).tolist(),
     }
@@ -1399,10 +1410,32 @@ def pool(tables):
     return with_probabilities(table, (logits / temperature).softmax(dim=1).numpy())
 
 
+def fit_fusion_weights(logs, labels):
+    """Non-negative weights (P,) of log-probabilities (P, N, C) with the least class-balanced NLL.
+
+    A small penalty draws them to 1 / P, the geometric mean: a few validation clips leave much open.
+    """
+    share, even = 1 / np.bincount(labels)[labels], 1 / len(logs)
+
+    def loss(weights):
+        """What is minimised."""
+        joined = log_softmax(np.tensordot(weights, logs, 1), axis=1)
+        nll = -np.average(joined[np.arange(len(labels)), labels], weights=share)
+        return nll + 0.01 * ((weights - even) ** 2).sum()
+    return minimize(loss, np.full(len(logs), even), bounds=[(0, None)] * len(logs)).x
+
+
 def combine_late(name, cfg):
-    """Late fusion: the mean of two rows' probabilities, as a predictions table."""
+    """Late fusion as a predictions table: the mean of two rows' probabilities, or with learned weights."""
     tables = [read_back(file_of(cfg, "predictions", part), pd.read_csv) for part in ROWS[name].parts]
-    return with_probabilities(tables[-1], np.mean([part[EMOTIONS].to_numpy() for part in tables], axis=0))
+    probabilities, table = np.stack([part[EMOTIONS] for part in tables]), tables[-1]  # (P, N, C)
+    if name.startswith("late"):
+        return with_probabilities(table, probabilities.mean(axis=0))
+    logs, held_out = np.log(probabilities.clip(1e-7)), (table["split"] == "validation").to_numpy()
+    labels = table["true"].map(EMOTIONS.index).to_numpy()
+    weights = fit_fusion_weights(logs[:, held_out], labels[held_out])
+    save(Path(cfg.output_dir, f"{ROWS[name].stem}.json"), dict(zip(ROWS[name].parts, weights.tolist())))
+    return with_probabilities(table, softmax(np.tensordot(weights, logs, 1), axis=1))
 
 
 def combine_views(clips, cfg, device):
@@ -1576,7 +1609,7 @@ def plot_path(name, cfg):
 
 def plot_paths(rows, cfg):
     """The plots of a finished run, in the order of the report; those of the data first."""
-    names = ["class_counts", "samples", *(["training_curves", "comparison"] if rows else [])]
+    names = ["class_counts", "samples", *(["training_curves", "comparison", "reliability"] if rows else [])]
     names += ["cross_validation"] if rows and len(runs_of(cfg)) > 1 else []
     names += [f"confusion_{ROWS[name].stem}" for name in rows if rows[name]["status"] == "run"]
     return [plot_path(name, cfg) for name in names]
@@ -1682,6 +1715,26 @@ def plot_comparison(rows, several, cfg):
     figure, axis = plt.subplots(figsize=(9.5, 1 + 0.55 * len(rows)), layout="constrained")
     draw_comparison(axis, rows, several)
     save_figure(figure, "comparison", cfg)
+
+
+def plot_reliability(rows, cfg):
+    """How often each row is right on test clips, by its confidence; calibrated rows lie on the diagonal."""
+    figure, axes = plt.subplots(-(-len(rows) // 4), 4, figsize=(13, 3.2 * -(-len(rows) // 4)),
+                                layout="constrained", sharex=True, sharey=True, squeeze=False)
+    for axis, row in itertools.zip_longest(axes.flat, rows.values()):
+        if row is None:
+            axis.set_axis_off()
+            continue
+        counts, confidence, right = np.array(row["test"]["reliability"])
+        some = counts > 0
+        axis.plot([0, 1], [0, 1], color="firebrick", linestyle="--", linewidth=1)
+        axis.plot(confidence[some] / counts[some], right[some] / counts[some], "-", color="steelblue")
+        axis.scatter(confidence[some] / counts[some], right[some] / counts[some],
+                     4 + 200 * counts[some] / counts.sum(), color="steelblue")
+        axis.set_title(f"{row['title']}\nECE {row['test']['ece']:.3f}", fontsize=9)
+        axis.set_xlabel("confidence", fontsize=8)
+    figure.supylabel("share of right answers (area: share of clips)", fontsize=9)
+    save_figure(figure, "reliability", cfg)
 
 
 def plot_cross_validation(rows, pairs, cfg):
@@ -2003,6 +2056,7 @@ def report_phase(cfg):
         several = len(runs_of(cfg)) > 1
         plot_curves(figures["rows"], cfg)
         plot_comparison(rows, several, cfg)
+        plot_reliability(rows, cfg)
         if several:
             plot_cross_validation(rows, figures["pairs"], cfg)
         for name, row in rows.items():

@@ -394,6 +394,39 @@ def test_late_fusion_is_the_mean_of_probabilities():
     assert list(fused["predicted"]) == ["sad", "happy"] and list(fused["clip"]) == ["a", "b"]
 
 
+def log_probabilities(seed, skill, clips=400):
+    """Log-probabilities (N, C) of answers that are better with more skill, chance with 0, and the labels."""
+    labels = np.arange(clips) % 8
+    logits = np.random.default_rng(seed).normal(size=(clips, 8)) + skill * np.eye(8)[labels]
+    return torch.from_numpy(logits).log_softmax(dim=1).numpy(), labels
+
+
+def test_a_part_at_chance_is_given_hardly_any_weight():
+    (good, labels), (chance, _) = log_probabilities(1, 3), log_probabilities(2, 0)
+    weights = er.fit_fusion_weights(np.stack([good, 3 * chance]), labels)
+    assert weights[0] > 0.8 and 0 <= weights[1] < 0.05
+
+
+def test_learned_weights_suit_equal_parts_equally_and_never_hurt_on_what_they_saw():
+    (first, labels), (second, _) = log_probabilities(1, 1, 4000), log_probabilities(2, 1, 4000)  # calibrated
+    logs = np.stack([first, second])
+    weights = er.fit_fusion_weights(logs, labels)
+    assert weights[0] == pytest.approx(weights[1], rel=0.1) and weights[0] == pytest.approx(1, abs=0.15)
+
+    def nll(weights):
+        return F.cross_entropy(torch.from_numpy(np.tensordot(weights, logs, 1)), torch.from_numpy(labels))
+    assert nll(weights) < min(nll(np.array(fixed)) for fixed in ((1.0, 0.0), (0.0, 1.0), (0.5, 0.5)))
+
+
+def test_learned_weights_balance_the_classes():
+    logs, labels = log_probabilities(3, 1)
+    rare = np.flatnonzero((labels > 0) | (np.arange(400) < 40))  # class 0 has a tenth of the others
+    often = np.concatenate([rare, np.repeat(rare[labels[rare] == 0], 9)])
+    some, all_of_them = (er.fit_fusion_weights(logs[None][:, rows], labels[rows]) for rows in (rare, often))
+    assert some == pytest.approx(all_of_them, rel=1e-3)
+
+
+
 # %% Command line
 def constants_of_the_source():
     """Name -> (value, trailing comment) in the table of constants."""
@@ -577,7 +610,8 @@ def test_training_is_reproducible(demo):
 
 
 # %% End to end
-LEFT = [f"plots/{plot}.png" for plot in ("samples", "class_counts", "training_curves", "comparison")]
+PLOTS = "samples", "class_counts", "training_curves", "comparison", "reliability"
+LEFT = [f"plots/{plot}.png" for plot in PLOTS]
 LEFT += "label_encoder.pkl ravdess_transcripts_simulated.pkl metrics.json config.json".split()
 LEFT += [f"{folder}.{kind}" for stem in STEMS.values()
          for folder, kind in ((f"predictions/{stem}", "csv"), (f"plots/confusion_{stem}", "png"))]
@@ -595,9 +629,9 @@ def test_a_run_leaves_everything_that_it_should(finished):
     assert min((finished / OUTPUT / name).stat().st_size for name in LEFT) > 50
 
 
-def test_metrics_hold_seven_rows_that_agree_with_the_predictions(finished):
+def test_metrics_hold_nine_rows_that_agree_with_the_predictions(finished):
     rows = read_json(finished / OUTPUT / "metrics.json")["rows"]
-    assert list(rows) == list(STEMS) and len(rows) == 7
+    assert list(rows) == list(STEMS) and len(rows) == 9
     for name, row in rows.items():
         table = pd.read_csv(finished / OUTPUT / f"predictions/{STEMS[name]}.csv")
         assert row["status"] == "run" and ("oracle" in row["title"]) == (name != "cnn")
@@ -636,8 +670,8 @@ def test_report_has_its_tables_pictures_and_marks(finished):
     for column in ("train acc", "val acc", "macro-F1"):
         holders = [table for table in document.tables
                    if column in [cell.text for cell in table.rows[0].cells]]
-        assert [len(table.rows) for table in holders] == [8], column
-    assert len(document.inline_shapes) == 11
+        assert [len(table.rows) for table in holders] == [10], column
+    assert len(document.inline_shapes) == 14
     text = "\n".join(paragraph.text for paragraph in document.paragraphs)
     for words in ("synthetic", "simulated sentences (oracle)", "python emotion_recognition.py --demo",
                   "actors 3 4 5", "CC BY-NC-SA", "judging people"):
@@ -690,7 +724,7 @@ def test_report_needs_neither_corpus_nor_model(copied, monkeypatch):
 
 def test_without_python_docx_only_the_docx_is_left_out(copied, monkeypatch, capsys):
     real = er.importlib.util.find_spec
-    for plot in ("plot_curves", "plot_comparison", "plot_confusion"):  # they are there
+    for plot in ("plot_curves", "plot_comparison", "plot_reliability", "plot_confusion"):  # they are there
         monkeypatch.setattr(er, plot, lambda *_: None)
     DOCUMENT.unlink()
     with monkeypatch.context() as patch:
@@ -707,13 +741,13 @@ def test_rows_that_were_left_out_are_shown_as_not_run(finished, monkeypatch, cap
     er.main(["--ravdess-path", str(finished / CORPUS), "--run-models", "cnn,rnn,fusion_rnn", *TINY])
     rows = read_json("outputs/metrics.json")["rows"]
     left_out = {name for name in rows if rows[name]["status"].startswith("not run: ")}
-    assert left_out == {"bert", "fusion_bert", "late_bert"}
+    assert left_out == {"bert", "fusion_bert", "late_bert", "learned_bert"}
     assert {rows[name]["status"] for name in rows.keys() - left_out} == {"run"}
     assert "not run: left out by --run-models" in capsys.readouterr().out
     import docx
     document = docx.Document("outputs/emotion_recognition_report.docx")
     text = " ".join(cell.text for table in document.tables[:2] for row in table.rows for cell in row.cells)
-    assert text.count("not run: ") == 6 and "synthetic" not in " ".join(p.text for p in document.paragraphs)
+    assert text.count("not run: ") == 8 and "synthetic" not in " ".join(p.text for p in document.paragraphs)
 
 
 def test_changed_settings_of_views_are_scored_anew(copied):
@@ -985,7 +1019,7 @@ def test_every_fold_and_seed_has_its_own_settings_and_folder():
 
 
 def test_cross_validation_pools_all_runs_and_resumes(finished, trained, capsys, monkeypatch):
-    for plot in ("plot_counts", "plot_samples", "plot_curves", "plot_confusion"):
+    for plot in ("plot_counts", "plot_samples", "plot_curves", "plot_reliability", "plot_confusion"):
         monkeypatch.setattr(er, plot, lambda *_: None)
     command = ["--ravdess-path", str(finished / CORPUS), "--phase", "unimodal", "--run-models", "cnn,rnn",
                "--folds", "0,1", "--runs", "2", "--test-views", "2", *TINY]
@@ -993,7 +1027,8 @@ def test_cross_validation_pools_all_runs_and_resumes(finished, trained, capsys, 
     assert trained == ["cnn", "rnn"] * 4
     figures = read_json("outputs/metrics.json")
     rows = {name: row for name, row in figures["rows"].items() if row["status"] == "run"}
-    assert list(rows) == ["cnn", "cnn_views", "cnn_ensemble", "cnn_views_ensemble", "rnn", "late_rnn"]
+    assert list(rows) == ["cnn", "cnn_views", "cnn_ensemble", "cnn_views_ensemble", "rnn", "late_rnn",
+                          "learned_rnn"]
     out_of_fold = pd.read_csv("outputs/predictions/TextRNN_out_of_fold.csv")
     tables = [pd.read_csv(f"outputs/fold_{fold}_seed_{seed}/predictions/TextRNN.csv")
               for fold in (0, 1) for seed in (42, 43)]
@@ -1005,7 +1040,7 @@ def test_cross_validation_pools_all_runs_and_resumes(finished, trained, capsys, 
     assert 2 * rows["cnn_ensemble"]["test"]["clips"] == rows["cnn"]["test"]["clips"] == len(right)
     low, high = rows["cnn"]["interval"]
     assert low <= rows["cnn"]["test"]["uar"] <= high and set(rows["cnn"]["by_fold"]) == {"0", "1"}
-    assert len(figures["pairs"]) == 15 and all(pair["low"] <= pair["high"] for pair in figures["pairs"])
+    assert len(figures["pairs"]) == 21 and all(pair["low"] <= pair["high"] for pair in figures["pairs"])
     assert "AudioCNN, ensemble, views" in capsys.readouterr().out
     er.main(command)
     assert len(trained) == 8
