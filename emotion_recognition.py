@@ -78,6 +78,7 @@ FOLDS = "0"                      # which fifth of the actors is tested; 0,1,2,3,
 TEST_VIEWS = 1                   # up to 5: AudioCNN also scored as the mean of so many views of a clip
 # Words
 USE_SIMULATED_SENTENCES = True   # sentences drawn by label (an oracle); no: Whisper transcripts
+SENTENCE_NOISE = 0.0             # share of clips whose sentences are dealt anew, whatever their emotion
 WHISPER_MODEL = "base"           # Whisper checkpoint, a name or a file
 BERT_MODEL = "distilbert-base-uncased"  # pretrained text encoder, a hub name or a folder
 MAX_TOKENS = 40                  # longest transcript, in words or word pieces
@@ -112,11 +113,11 @@ CHOICES = {
     "split": ("speaker", "random"),
     "test_views": (1, 2, 3, 4, 5),
 }
-LIMITS = {  # from, to below; floats if written so; a name stands for its variants. Others: whole, 1 and more
-    **dict.fromkeys(("trim_db", "clip_seconds", "learning_rate", "weight_decay", "mixup"), (0.0, math.inf)),
-    **dict.fromkeys(("dropout", "word_dropout", "label_smoothing", "ema_decay"), (0.0, 1.0)),
-    "seed": (0, 2**31), "max_tokens": (4, 2**31), "sampling_rate": (4000, 2**31), "n_fft": (64, 2**31),
-    "n_mels": (16, 512),
+LIMITS = {  # least and most; floats if written so; a name stands for its variants. Others: whole, 1 and more
+    **dict.fromkeys(("trim_db", "clip_seconds", "learning_rate", "weight_decay", "mixup"), (0.0, 1e6)),
+    **dict.fromkeys(("dropout", "word_dropout", "label_smoothing"), (0.0, 0.99)), "ema_decay": (0.0, 0.9999),
+    "sentence_noise": (0.0, 1.0), "seed": (0, 2**31), "max_tokens": (4, 2**31), "n_mels": (16, 512),
+    "sampling_rate": (4000, 2**31), "n_fft": (64, 2**31),
 }
 DEMO_SETTINGS = {"epochs_cnn": 8, "epochs_fusion": 4, "learning_rate_bert": 2e-3}
 TRAINING = ("epochs", "batch_size", "learning_rate", "weight_decay", "dropout", "label_smoothing",
@@ -187,7 +188,7 @@ def runs_of(cfg):
 
 
 def kind_and_limits(name):
-    """The type of a setting, whatever an edited constant has, its least value, and what it must be below."""
+    """The type of a setting, whatever an edited constant has, its least value and its largest."""
     known = (limits for key, limits in LIMITS.items() if name.lower().startswith(key))
     low, high = next(known, (1, 2**31))
     return type(low) if SETTINGS[name] in (int, float) else SETTINGS[name], low, high
@@ -202,8 +203,8 @@ def check_settings(cfg):
             raise UserError(f"{flag} {value!r} is not of type {kind.__name__}")
         if key in CHOICES and value not in CHOICES[key]:
             raise UserError(f"{flag} {value!r} is none of {', '.join(map(repr, CHOICES[key]))}")
-        if kind in (int, float) and not low <= value < high:
-            raise UserError(f"{flag} {value} is not a number from {low} to below {high}")
+        if kind in (int, float) and not low <= value <= high:
+            raise UserError(f"{flag} {value} is not a number from {low} to {high}")
     names = names_in(cfg.run_models)
     if not names or not set(names) <= set(MODELS):
         raise UserError(f"--run-models {cfg.run_models!r} is not a list of names out of {', '.join(MODELS)}")
@@ -234,8 +235,9 @@ def settings_for(cfg, name):
 
 def marks(cfg):
     """What every page and plot must say about how its figures came to be, as a list."""
+    noise = f", noise {cfg.sentence_noise}" * bool(cfg.sentence_noise)
     notes = {"synthetic demo corpus: the figures mean nothing": cfg.demo,
-             "text: simulated sentences (oracle)": cfg.use_simulated_sentences,
+             f"text: simulated sentences (oracle{noise})": cfg.use_simulated_sentences,
              "random split: speakers shared between splits": cfg.split == "random"}
     return [note for note, holds in notes.items() if holds]
 
@@ -452,6 +454,8 @@ def describe_split(clips, cfg):
     parts = {split: clips[clips["split"] == split] for split in SPLITS}
     return ("Random split: " if cfg.split == "random" else f"Fold {cfg.folds}: ") + "; ".join(
         f"{split} {len(part)} clips of actors {' '.join(map(str, sorted(part['actor'].unique())))}"
+        + (f", {(part['emotion'] != part['sentence_emotion']).mean():.1%} of them with a sentence of another "
+           f"emotion ({cfg.sentence_noise:.1%} dealt anew)" if cfg.sentence_noise else "")
         for split, part in parts.items()) + "."
 
 
@@ -583,12 +587,28 @@ def add_transcripts(clips, cfg, device):
     if not cfg.use_simulated_sentences:
         return clips.assign(transcript=transcribe(clips, cfg, device))
     bank, path = sentence_bank(), Path(cfg.cache_dir, "ravdess_transcripts_simulated.pkl")
-    cache, key = read_cache(path), f"{cfg.split} fold {cfg.folds} seed {cfg.seed} bank {digest(bank)}"
+    cache, noise = read_cache(path), cfg.sentence_noise
+    key = f"{cfg.split} fold {cfg.folds} seed {cfg.seed} noise {noise} bank {digest(bank)}"
+    clips = clips.assign(sentence_emotion=deal_emotions(clips, cfg))
     drawn = {row.clip: random.Random(f"{cfg.seed}/{row.clip}").choice(
-             sentences_of(bank[row.emotion], row.split, int(cfg.folds))) for row in clips.itertuples()}
+             sentences_of(bank[row.sentence_emotion], row.split, int(cfg.folds)))
+             for row in clips.itertuples()}
     if cache.get(key) != drawn:
         save(path, pickle.dumps(cache | {key: drawn}))
     return clips.assign(transcript=clips["clip"].map(drawn))
+
+
+def deal_emotions(clips, cfg):
+    """The emotions (N,) that sentences are drawn for: those of the clips, SENTENCE_NOISE of them permuted.
+
+    Exactly round(SENTENCE_NOISE * clips) of each split change places, so that at 1 words say nothing.
+    """
+    emotions, rng = clips["emotion"].to_numpy(copy=True), np.random.default_rng(cfg.seed)
+    for split in SPLITS:
+        rows = np.flatnonzero(clips["split"] == split)
+        chosen = rng.permutation(rows)[:round(cfg.sentence_noise * len(rows))]
+        emotions[chosen] = emotions[rng.permutation(chosen)]
+    return emotions
 
 
 def load_whisper(cfg, device):

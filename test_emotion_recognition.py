@@ -262,6 +262,36 @@ def test_sentences_are_drawn_reproducibly_and_stay_in_their_split(split, all_nam
     assert list(cache.values()) == [t.set_index("clip")["transcript"].to_dict() for t in (drawn, other)]
 
 
+@pytest.mark.parametrize("noise", [0.0, 0.25, 0.5, 1.0])
+def test_noise_deals_exactly_its_share_of_sentences_anew_within_each_split(noise, all_names):
+    clips, cfg = er.split_clips(all_names[0], config()), config(sentence_noise=noise)
+    emotions = er.deal_emotions(clips, cfg)
+    for _, part in clips.assign(dealt=emotions).groupby("split"):
+        assert sorted(part["dealt"]) == sorted(part["emotion"])  # a permutation
+        changed = (part["dealt"] != part["emotion"]).sum()
+        assert changed <= round(noise * len(part))
+        assert changed == pytest.approx(noise * len(part) * 7 / 8, abs=0.06 * len(part))
+    assert list(er.deal_emotions(clips, cfg)) == list(emotions)
+
+
+def test_at_full_noise_sentences_are_independent_of_the_emotion(all_names):
+    from sklearn.metrics import normalized_mutual_info_score
+    clips = er.split_clips(all_names[0], config())
+    some, none = (normalized_mutual_info_score(clips["emotion"], er.deal_emotions(clips, config(
+        sentence_noise=noise))) for noise in (0.5, 1.0))
+    assert none < 0.02 < 0.1 < some
+
+
+def test_noise_is_marked_and_counted(finished, capsys):
+    er.main(["--ravdess-path", str(finished / CORPUS), "--sentence-noise", "0.5", "--phase", "data"])
+    audit = read_json("outputs/audit.json")
+    assert audit["marks"] == ["text: simulated sentences (oracle, noise 0.5)"]
+    clips = pd.read_csv("outputs/clips.csv").query("split == 'train'")
+    share = (clips["emotion"] != clips["sentence_emotion"]).mean()
+    assert f"{share:.1%} of them with a sentence of another emotion (50.0% dealt anew)" in audit["audit"][-1]
+    assert 0.3 < share < 0.5
+
+
 def test_vocabulary_is_of_the_training_split_only(demo):
     cfg, clips = demo
     clips = clips.assign(transcript=clips["transcript"].where(clips["split"] == "train", "xylophone"))
