@@ -950,7 +950,7 @@ def predictions(seed, clips=400, actors=10, noise=1.0):
 
 def test_a_cluster_is_drawn_as_a_whole_and_as_many_as_there_are():
     clusters = np.array([7, 7, 3, 3, 3, 5])
-    weights = er.resampled(clusters, 500)
+    weights = er.resampled(clusters, draws=500)
     assert (weights[:, 0] == weights[:, 1]).all() and (weights[:, 2] == weights[:, 4]).all()
     assert (weights[:, [0, 2, 5]].sum(axis=1) == 3).all() and weights.max() == 3
     assert weights.mean(axis=0) == pytest.approx(np.ones(6), abs=0.15)
