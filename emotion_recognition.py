@@ -1753,6 +1753,7 @@ def plot_reliability(rows, cfg):
                      4 + 200 * counts[some] / counts.sum(), color="steelblue")
         axis.set_title(f"{row['title']}\nECE {row['test']['ece']:.3f}", fontsize=9)
         axis.set_xlabel("confidence", fontsize=8)
+        axis.tick_params(labelbottom=True)
     figure.supylabel("share of right answers (area: share of clips)", fontsize=9)
     save_figure(figure, "reliability", cfg)
 
