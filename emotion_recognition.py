@@ -2102,6 +2102,9 @@ def main(argv=None):
     if not names:
         raise UserError(f"--run-models {cfg.run_models} leaves --phase {cfg.phase} nothing to do")
     if cfg.demo:
+        metrics_file = Path(cfg.output_dir, "metrics.json")
+        if metrics_file.exists() and "synthetic" not in metrics_file.read_text(encoding="utf-8"):
+            raise UserError(f"{cfg.output_dir} holds a real run: name another --output-dir for --demo")
         write_demo_corpus(cfg.ravdess_path)
         if "bert_model" not in cfg.given and "bert" in names:
             write_demo_encoder(cfg.bert_model)

@@ -825,6 +825,15 @@ def test_demo_never_writes_into_a_folder_that_the_user_named(monkeypatch):
     assert contents("own") == before
 
 
+def test_demo_leaves_a_real_run_alone(copied):
+    path = OUTPUT / "metrics.json"
+    path.write_text(path.read_text(encoding="utf-8").replace("synthetic", "real"), encoding="utf-8")
+    before = contents("outputs")
+    with pytest.raises(er.UserError, match=r"holds a real run.*--output-dir"):
+        er.main(DEMO)
+    assert contents("outputs") == before
+
+
 def test_the_command_line_runs_the_demo():
     done = run_script(*DEMO, "--run-models", "rnn")
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
