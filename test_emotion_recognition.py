@@ -114,7 +114,8 @@ def trained(monkeypatch):
 def demo(finished):
     """(settings, clips) of the finished demo, with absolute paths."""
     cfg = er.parse_settings(DEMO)
-    cfg.output_dir, cfg.bert_model = str(finished / OUTPUT), str(finished / ENCODER)
+    cfg.output_dir = cfg.cache_dir = str(finished / OUTPUT)
+    cfg.bert_model = str(finished / ENCODER)
     clips, audit = er.index_clips(finished / CORPUS)
     clips = er.split_clips(er.add_features(clips, audit, cfg), cfg)
     return cfg, er.add_transcripts(clips, cfg, "cpu")
