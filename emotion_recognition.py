@@ -1288,9 +1288,14 @@ def score(probabilities, true):
     }
 
 
+def labels_of(table):
+    """The true label indices (N,) of a predictions table."""
+    return table["true"].map(EMOTIONS.index).to_numpy()
+
+
 def score_table(table):
     """The figures of a predictions table."""
-    return score(table[EMOTIONS].to_numpy(), table["true"].map(EMOTIONS.index).to_numpy())
+    return score(table[EMOTIONS].to_numpy(), labels_of(table))
 
 
 def read_checkpoint(path):
@@ -1425,7 +1430,7 @@ def pool(tables):
     table, logs = tables[0], [np.log(part[EMOTIONS].to_numpy().clip(1e-7)) for part in tables]
     logits = torch.from_numpy(np.mean(logs, axis=0))
     held_out = torch.tensor((table["split"] == "validation").to_numpy())
-    labels = torch.tensor(table["true"].map(EMOTIONS.index).to_numpy())
+    labels = torch.from_numpy(labels_of(table))
     temperature = fit_temperature(logits[held_out], labels[held_out])
     return with_probabilities(table, (logits / temperature).softmax(dim=1).numpy())
 
@@ -1452,8 +1457,7 @@ def combine_late(name, cfg):
     if name.startswith("late"):
         return with_probabilities(table, probabilities.mean(axis=0))
     logs, held_out = np.log(probabilities.clip(1e-7)), (table["split"] == "validation").to_numpy()
-    labels = table["true"].map(EMOTIONS.index).to_numpy()
-    weights = fit_fusion_weights(logs[:, held_out], labels[held_out])
+    weights = fit_fusion_weights(logs[:, held_out], labels_of(table)[held_out])
     save(Path(cfg.output_dir, f"{ROWS[name].stem}.json"), dict(zip(ROWS[name].parts, weights.tolist())))
     return with_probabilities(table, softmax(np.tensordot(weights, logs, 1), axis=1))
 
