@@ -23,6 +23,7 @@ Simulated sentences are drawn by label: they show what the code does, not what w
 import argparse
 import contextlib
 import copy
+import csv
 import functools
 import hashlib
 import importlib.util
@@ -79,9 +80,11 @@ TEST_VIEWS = 1                   # up to 5: AudioCNN also scored as the mean of 
 # Words
 USE_SIMULATED_SENTENCES = True   # sentences drawn by label (an oracle); no: Whisper transcripts
 SENTENCE_NOISE = 0.0             # share of clips whose sentences are dealt anew, whatever their emotion
+SENTENCES_CSV = ""               # your own sentences: columns emotion, sentence; 5 or more per emotion
 WHISPER_MODEL = "base"           # Whisper checkpoint, a name or a file
 BERT_MODEL = "distilbert-base-uncased"  # pretrained text encoder, a hub name or a folder
 MAX_TOKENS = 40                  # longest transcript, in words or word pieces
+FUSION = "concat"                # early fusion joins features; attention: both modalities attend first
 # Sound
 SAMPLING_RATE = 16000            # in Hz, everything is resampled to it
 TRIM_DB = 30.0                   # silence is what lies this far below the clip's own peak
@@ -109,6 +112,7 @@ SETTINGS = {name: type(value) for name, value in list(globals().items())
             if name.isupper() and type(value) in (bool, int, float, str)}
 CHOICES = {
     "phase": ("all", "data", "unimodal", "fusion", "report"),
+    "fusion": ("concat", "attention"),
     "device": ("auto", "cuda", "mps", "cpu"),
     "split": ("speaker", "random"),
     "test_views": (1, 2, 3, 4, 5),
@@ -460,6 +464,7 @@ def describe_split(clips, cfg):
 
 
 # %% 7. Sentences and transcripts
+STATEMENTS = {1: "Kids are talking by the door", 2: "Dogs are sitting by the door"}  # of RAVDESS
 # Fold k tests the sentences k::5 of an emotion; cue words recur in all five fifths.
 SENTENCES = {
     "neutral": """I paid the bill at the post office. | My appointment is at ten on Friday. | I take the bus
@@ -548,10 +553,39 @@ SENTENCES = {
     twin. | I had no idea you were married. | Since when do you have a dog? | How did you know my name?""",
 }
 
-def sentence_bank():
-    """The bank as a dict from emotion to its 30 sentences."""
-    return {emotion: [" ".join(sentence.split()) for sentence in text.split("|")]
-            for emotion, text in SENTENCES.items()}
+def sentence_bank(path=""):
+    """A dict from emotion to its sentences: the 30 above, or those of a table. Raises UserError."""
+    return read_sentences(path) if path else {
+        emotion: [" ".join(sentence.split()) for sentence in text.split("|")]
+        for emotion, text in SENTENCES.items()}
+
+
+def read_sentences(path):
+    """The sentences of a CSV with columns emotion and sentence, by emotion. A UserError names a bad line."""
+    bank, seen, advice = {emotion: [] for emotion in EMOTIONS}, {}, "mend it or leave out --sentences-csv"
+    try:
+        with Path(path).open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, strict=True)
+            lines = [(reader.line_num, line) for line in reader]
+    except (OSError, ValueError, csv.Error) as error:
+        raise UserError(f"{path} is not readable as CSV ({error}): {advice}") from error
+    if not {"emotion", "sentence"} <= set(reader.fieldnames or []):
+        raise UserError(f"{path} has no columns emotion and sentence in line 1: {advice}")
+    for number, line in lines:
+        emotion, sentence = ((line[key] or "").strip() for key in ("emotion", "sentence"))
+        words = tuple(words_in(sentence))
+        problems = {f"{emotion!r} is none of {', '.join(EMOTIONS)}": emotion not in bank,
+                    "the sentence has no words": words == ("<unk>",),
+                    "it has more columns than line 1 (quote what has commas)": None in line,
+                    f"the sentence of line {seen.get(words)} again": words in seen}  # it could cross splits
+        for problem in (problem for problem, holds in problems.items() if holds):
+            raise UserError(f"{path} line {number}: {problem}: {advice}")
+        bank[emotion].append(sentence)
+        seen[words] = number
+    for emotion, sentences in bank.items():
+        if len(sentences) < 5:  # a fifth is tested, a fifth validates
+            raise UserError(f"{path} has {len(sentences)} of 5 or more sentences for {emotion}: {advice}")
+    return bank
 
 
 def sentences_of(sentences, split, fold):
@@ -586,7 +620,7 @@ def add_transcripts(clips, cfg, device):
         return clips.assign(transcript="")  # nothing reads it
     if not cfg.use_simulated_sentences:
         return clips.assign(transcript=transcribe(clips, cfg, device))
-    bank, path = sentence_bank(), Path(cfg.cache_dir, "ravdess_transcripts_simulated.pkl")
+    bank, path = sentence_bank(cfg.sentences_csv), Path(cfg.cache_dir, "ravdess_transcripts_simulated.pkl")
     cache, noise = read_cache(path), cfg.sentence_noise
     key = f"{cfg.split} fold {cfg.folds} seed {cfg.seed} noise {noise} bank {digest(bank)}"
     clips = clips.assign(sentence_emotion=deal_emotions(clips, cfg))
@@ -624,6 +658,31 @@ def load_whisper(cfg, device):
                         f"name a Whisper checkpoint, {way_out}") from error
 
 
+def said_in(result):
+    """The text of a Whisper result; "" where Whisper's own limits say that it made words out of silence."""
+    silent = result.no_speech_prob > 0.6 and result.avg_logprob < -1.0
+    return "" if silent or result.compression_ratio > 2.4 else result.text.strip()
+
+
+def word_error_rate(clips):
+    """Words wrong, missing or too many in transcripts, as a share of the words of RAVDESS's statements."""
+    distance = load_torchaudio().edit_distance
+    true = [words_in(STATEMENTS[statement]) for statement in clips["statement"]]
+    found = [words_in(text) if text else [] for text in clips["transcript"]]
+    return sum(map(distance, true, found)) / sum(map(len, true))
+
+
+def describe_transcripts(clips):
+    """How well Whisper heard the two statements, overall, by emotion and by intensity, as sentences."""
+    groups = [("", clips), *((f"{emotion} ", clips[clips["emotion"] == emotion]) for emotion in EMOTIONS),
+              ("normal intensity ", clips[clips["intensity"] == 1]),
+              ("strong intensity ", clips[clips["intensity"] == 2])]
+    rates = ", ".join(f"{name}{word_error_rate(part):.1%}" for name, part in groups if len(part))
+    return [f"Word error rate of Whisper: {rates}; {(clips['transcript'] == '').sum()} empty transcripts.",
+            "RAVDESS's two statements are spoken in every emotion: true transcripts carry no label, so rows "
+            "that read words alone are expected at chance."]
+
+
 def transcribe(clips, cfg, device):
     """Whisper's English transcripts (greedy, first 30 s), cached batch by batch under keys of the audio."""
     source = Path(cfg.whisper_model)
@@ -641,7 +700,7 @@ def transcribe(clips, cfg, device):
             waves = [whisper.pad_or_trim(load_audio(file, 16000)) for file in rows["path"]]
             mels = torch.stack([whisper.log_mel_spectrogram(wave, model.dims.n_mels) for wave in waves])
             results = model.decode(mels.to(model.device), options)
-            texts.update(zip(rows["digest"], (result.text.strip() for result in results)))
+            texts.update(zip(rows["digest"], map(said_in, results)))
             save(path, pickle.dumps(cache))
     return clips["digest"].map(texts)
 
@@ -805,14 +864,15 @@ class ClipDataset(Dataset):
     if the model only listens; of the words (B, L), `augment` hides WORD_DROPOUT.
     """
 
-    def __init__(self, clips, model, cfg, device, augment=False):
+    def __init__(self, clips, model, cfg, device, augment=False, inputs=None):
+        self.inputs = inputs or model.inputs  # fewer than the model's: a modality is missing
         self.model, self.device, self.augment, self.view = model, device, augment, VIEWS[0]
         self.labels = torch.tensor([EMOTIONS.index(emotion) for emotion in clips["emotion"]])
         self.lengths = torch.tensor([len(mel) for mel in clips["mel"]])  # in frames
         self.firsts = self.lengths.cumsum(0) - self.lengths
-        heard = list(clips["mel"]) if "mel" in model.inputs else []
+        heard = list(clips["mel"]) if "mel" in self.inputs else []
         self.mels = torch.from_numpy(np.concatenate(heard)).to(device) if heard else None  # (all T, M)
-        self.words = {} if model.inputs == ("mel",) else model.tokenize(list(clips["transcript"]))
+        self.words = {} if self.inputs == ("mel",) else model.tokenize(list(clips["transcript"]))
         self.frames = round(cfg.clip_seconds * cfg.sampling_rate / cfg.hop_length)
         self.rate, self.word_dropout, self.mixup = cfg.sampling_rate, cfg.word_dropout, cfg.mixup
 
@@ -911,8 +971,9 @@ def mix(batch, strength):
 class Encoder(nn.Module):
     """What all models share: features, classified by a head; the unimodal ones pool them from a sequence.
 
-    A subclass names the batch keys it reads in `inputs`, has a `head`, and defines `sequence(batch)` and
-    `pool(sequence, mask)`. `spec` holds the constructor's arguments as builtins, for the checkpoint.
+    A subclass names the batch keys it reads in `inputs`, has a `head`, and defines `sequence(batch)`, steps
+    of `step_width`, and `pool(sequence, mask)`, features of `width`. `spec` holds the constructor's arguments
+    as builtins, for the checkpoint.
     """
 
     inputs = ()
@@ -958,7 +1019,7 @@ class AudioCNN(Encoder):
     Each window is standardised by itself, so that loudness says nothing.
     """
 
-    inputs = ("mel",)
+    inputs, step_width, width = ("mel",), 128, 256
 
     def __init__(self, classes, dropout):
         super().__init__(classes=classes, dropout=dropout)
@@ -969,7 +1030,7 @@ class AudioCNN(Encoder):
         self.project = nn.Sequential(nn.Conv1d(4 * 128, 128, 1, bias=False), nn.BatchNorm1d(128), nn.ReLU())
         self.recurrent = nn.GRU(128, 64, batch_first=True, bidirectional=True)
         self.attention = nn.Sequential(nn.Linear(128, 64), nn.Tanh(), nn.Linear(64, 1))
-        self.head = nn.Linear(256, classes)
+        self.head = nn.Linear(self.width, classes)
 
     def sequence(self, batch):
         """mel (B, 1, M, T) -> steps (B, S, 128), S = T / 8, and their mask (B, S), all true."""
@@ -1000,7 +1061,7 @@ def masked_mean(steps, mask):
 class TextRNN(Encoder):
     """Word embeddings, a bidirectional LSTM, mean and maximum over the words."""
 
-    inputs = ("tokens",)
+    inputs, step_width, width = ("tokens",), 128, 256
     hidden_id, special_ids = 1, [0]
 
     def __init__(self, classes, dropout, vocabulary, max_tokens):
@@ -1008,7 +1069,7 @@ class TextRNN(Encoder):
         self.ids = {word: index for index, word in enumerate(vocabulary)}
         self.embedding = nn.Embedding(len(vocabulary), 100, padding_idx=0)
         self.recurrent = nn.LSTM(100, 64, batch_first=True, bidirectional=True)
-        self.head = nn.Linear(256, classes)
+        self.head = nn.Linear(self.width, classes)
 
     def tokenize(self, texts):
         """Texts -> {"tokens": (N, L)}, padded with 0 to the longest."""
@@ -1046,7 +1107,8 @@ class TextBERT(Encoder):
         self.special_ids = [self.tokenizer.token_to_id(token) for token in ("[PAD]", "[CLS]", "[SEP]")]
         self.hidden_id = self.tokenizer.token_to_id("[MASK]")
         self.encoder = transformers.AutoModel.from_config(transformers.AutoConfig.for_model(**config)).float()
-        self.head = nn.Linear(self.encoder.config.hidden_size, classes)
+        self.step_width = self.width = self.encoder.config.hidden_size
+        self.head = nn.Linear(self.width, classes)
 
     def tokenize(self, texts):
         """Texts -> {"input_ids": (N, L), "attention_mask": (N, L)}."""
@@ -1065,23 +1127,43 @@ class TextBERT(Encoder):
 
 
 # %% 13. Fusion
+class CrossAttention(nn.Module):
+    """Steps of one modality, each with what it finds in the other (Tsai et al. 2019 do so in MulT)."""
+
+    def __init__(self, width, other, dropout):
+        super().__init__()
+        self.norms = nn.ModuleList([nn.LayerNorm(width), nn.LayerNorm(other)])
+        self.attention = nn.MultiheadAttention(width, 4, dropout, bias=False, add_zero_attn=True, kdim=other,
+                                               vdim=other, batch_first=True)
+
+    def forward(self, steps, others, mask):
+        """(B, S, D), (B, L, E), mask (B, L) -> (B, S, D); where all is masked, the steps as they were."""
+        others = self.norms[1](others)
+        found, _ = self.attention(self.norms[0](steps), others, others, ~mask, need_weights=False)
+        return steps + found
+
+
 class EarlyFusion(Encoder):
     """A classification head on the joined features of frozen, trained unimodal models.
 
-    `parts` maps short names to specs. Features of training clips are memorised, so the head is fitted on
-    disturbed sound and words, and every other clip loses one of the two: it must learn to use either.
+    `parts` maps short names to specs, `fusion` is concat or attention. Features of training clips are
+    memorised, so the head is fitted on disturbed sound and words, and every other clip loses one of the two:
+    it must learn to use either, and answers batches that lack the keys of one.
     """
 
-    def __init__(self, classes, dropout, parts):
-        super().__init__(classes=classes, dropout=dropout, parts=parts)
+    def __init__(self, classes, dropout, parts, fusion):
+        super().__init__(classes=classes, dropout=dropout, parts=parts, fusion=fusion)
         self.encoders = nn.ModuleDict({name: MODELS[name].kind(**spec) for name, spec in parts.items()})
         self.encoders.requires_grad_(False)
         self.inputs = tuple(key for encoder in self.encoders.values() for key in encoder.inputs)
         text = next(encoder for encoder in self.encoders.values() if "mel" not in encoder.inputs)
         self.tokenize, self.special_ids, self.hidden_id = text.tokenize, text.special_ids, text.hidden_id
-        widths = [encoder.head.in_features for encoder in self.encoders.values()]
-        self.norms = nn.ModuleList(nn.LayerNorm(width) for width in widths)
-        self.head = nn.Sequential(nn.Linear(sum(widths), 128), nn.ReLU(), nn.Dropout(dropout),
+        self.norms = nn.ModuleDict({name: nn.LayerNorm(part.width) for name, part in self.encoders.items()})
+        (first, one), (second, two) = self.encoders.items()
+        self.cross = nn.ModuleDict({
+            first: CrossAttention(one.step_width, two.step_width, dropout),
+            second: CrossAttention(two.step_width, one.step_width, dropout)} if fusion == "attention" else {})
+        self.head = nn.Sequential(nn.Linear(one.width + two.width, 128), nn.ReLU(), nn.Dropout(dropout),
                                   nn.Linear(128, classes))
 
     def train(self, mode=True):
@@ -1091,13 +1173,22 @@ class EarlyFusion(Encoder):
         return self
 
     def features(self, batch):
-        """The features of all parts, normalised and joined: (B, D)."""
+        """The features of all parts, normalised and joined, zeros for what is missing: (B, D)."""
+        size, device, joined = len(next(iter(batch.values()))), self.head[0].weight.device, []
+        chance = torch.rand(size, device=device) if self.training else torch.full((size,), 0.5).to(device)
+        kept = dict(zip(self.encoders, (chance > 0.25, chance < 0.75)))  # (B,) each
+        there = {name: part for name, part in self.encoders.items() if set(part.inputs) <= set(batch)}
         with torch.no_grad():
-            features = [encoder.features(batch) for encoder in self.encoders.values()]
-        if self.training:
-            chance = torch.rand(len(features[0]), 1, device=features[0].device)
-            features = [part * kept for part, kept in zip(features, (chance > 0.25, chance < 0.75))]
-        return torch.cat([norm(part) for norm, part in zip(self.norms, features)], dim=1)
+            heard = {name: part.sequence(batch) for name, part in there.items()}
+        for (name, part), other in zip(self.encoders.items(), reversed(self.encoders)):
+            if name not in heard:
+                joined.append(self.norms[name](torch.zeros(size, part.width, device=device)))
+                continue
+            steps, mask = heard[name]
+            if self.cross and other in heard:
+                steps = self.cross[name](steps, heard[other][0], heard[other][1] & kept[other][:, None])
+            joined.append(self.norms[name](part.pool(steps, mask) * kept[name][:, None]))
+        return torch.cat(joined, dim=1)
 
 
 # %% 14. Training, prediction, scores, checkpoints
@@ -1124,7 +1215,18 @@ FILES = {"checkpoint": "{}_best.pth", "history": "histories/{}.csv", "prediction
 
 def file_of(cfg, kind, name):
     """The path of a row's checkpoint, history or predictions."""
-    return Path(cfg.output_dir, FILES[kind].format(ROWS[name].stem))
+    return Path(cfg.output_dir, FILES[kind].format(stem_of(name, cfg)))
+
+
+def stem_of(name, cfg):
+    """The stem of a row's files; both kinds of early fusion may lie in one folder."""
+    attends = cfg.fusion == "attention" and name in MODELS and MODELS[name].parts
+    return ROWS[name].stem.replace("Early", "Attention") if attends else ROWS[name].stem
+
+
+def title_of(name, cfg):
+    """The title of a row in tables and plots."""
+    return ROWS[name].title.replace("Early", "Attention" if "Attention" in stem_of(name, cfg) else "Early")
 
 
 def pick_device(cfg):
@@ -1158,7 +1260,7 @@ def build_model(name, clips, cfg, device):
         spec |= {"vocabulary": vocabulary, "max_tokens": cfg.max_tokens}
     elif row.parts:
         parts = {part: restore_model(file_of(cfg, "checkpoint", part)) for part in row.parts}
-        spec |= {"parts": {part: trained.spec for part, trained in parts.items()}}
+        spec |= {"parts": {part: trained.spec for part, trained in parts.items()}, "fusion": cfg.fusion}
         weights = {f"encoders.{part}": trained for part, trained in parts.items()}
     model = row.kind(**spec)
     for module, source in weights.items():
@@ -1329,6 +1431,7 @@ def fingerprint(cfg, name, clips=None):
     keys += ["max_tokens", "use_simulated_sentences"] if name in ("rnn", "bert") else []
     keys += ["bert_model"] if name == "bert" else []
     mark = {key: str(value) for key, value in (mark | {key: getattr(cfg, key) for key in keys}).items()}
+    mark |= {"fusion": cfg.fusion} if MODELS[name].parts else {}
     for part in MODELS[name].parts:
         mark |= {f"{part} {key}": value for key, value in fingerprint(cfg, part, clips).items()}
     if clips is not None and not MODELS[name].parts:
@@ -1370,7 +1473,7 @@ def train_model(name, clips, cfg, device):
     train = ClipDataset(parts["train"], model, cfg, device, augment=True)
     fixed = {split: ClipDataset(part, model, cfg, device) for split, part in parts.items()}
     size = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print(f"\n{MODELS[name].title}: {size:,} trained parameters, {len(train)} clips", flush=True)
+    print(f"\n{title_of(name, cfg)}: {size:,} trained parameters, {len(train)} clips", flush=True)
     model, history = fit(model, train, fixed["validation"], settings, device)
     logits = {split: predict(model, dataset) for split, dataset in fixed.items()}
     temperature = fit_temperature(logits["validation"], fixed["validation"].labels)
@@ -1571,7 +1674,7 @@ def evaluate(runs, tables, reasons, audit, cfg):
     for name in rows_of(cfg):
         part, oracle = name.removesuffix("_ensemble"), reads_oracle(name, cfg)
         why = next((each[part] for each in reasons if each[part]), "")
-        rows[name] = {"title": ROWS[name].title + " (oracle text)" * oracle,
+        rows[name] = {"title": title_of(name, cfg) + " (oracle text)" * oracle,
                       "status": f"not run: {why}" if why else "run"}
         if why:
             continue
@@ -1584,7 +1687,7 @@ def evaluate(runs, tables, reasons, audit, cfg):
             draws[name, by_sentence] = weighted_uar(weights, test)
         rows[name] |= figures_of(table, draws[name, oracle], unseen)
         if len(runs) > 1:
-            save_table(folder / "predictions" / f"{ROWS[name].stem}_out_of_fold.csv", test, cfg)
+            save_table(folder / "predictions" / f"{stem_of(name, cfg)}_out_of_fold.csv", test, cfg)
     pairs = []
     for first, second in itertools.combinations(tests if len(runs) > 1 else [], 2):
         oracle = reads_oracle(first, cfg) or reads_oracle(second, cfg)
@@ -1635,7 +1738,7 @@ def plot_paths(rows, cfg):
     """The plots of a finished run, in the order of the report; those of the data first."""
     names = ["class_counts", "samples", *(["training_curves", "comparison", "reliability"] if rows else [])]
     names += ["cross_validation"] if rows and len(runs_of(cfg)) > 1 else []
-    names += [f"confusion_{ROWS[name].stem}" for name in rows if rows[name]["status"] == "run"]
+    names += [f"confusion_{stem_of(name, cfg)}" for name in rows if rows[name]["status"] == "run"]
     return [plot_path(name, cfg) for name in names]
 
 
@@ -1714,7 +1817,7 @@ def plot_confusion(name, row, cfg):
         axis.tick_params(axis="x", rotation=45)
         axis.tick_params(axis="y", rotation=0)
     figure.suptitle("{title}: test accuracy {accuracy:.1%}, UAR {uar:.1%}".format(**row["test"] | row))
-    save_figure(figure, f"confusion_{ROWS[name].stem}", cfg)
+    save_figure(figure, f"confusion_{stem_of(name, cfg)}", cfg)
 
 
 def draw_comparison(axis, rows, several):
@@ -1970,6 +2073,8 @@ def describe_data(runs, tables, audit, cfg):
     from sklearn.preprocessing import LabelEncoder
     sentences, folder, clips = describe_audit(tables[0], audit), Path(cfg.output_dir), tables[0]
     sentences += dict.fromkeys(describe_split(table, run) for run, table in zip(runs, tables))
+    heard = not cfg.use_simulated_sentences and clips["transcript"].any()
+    sentences += describe_transcripts(clips) if heard else []
     print("\n".join(sentences))
     save(folder / "audit.json", {"audit": sentences, "marks": marks(cfg)})
     encoder = LabelEncoder()
@@ -2023,7 +2128,7 @@ def plan_training(clips, names, cfg, device, following=0):
     for name in names:
         for part in MODELS[name].parts:
             if part not in names and reasons[part]:
-                raise UserError(f"{MODELS[name].title} needs {file_of(cfg, 'checkpoint', part)} "
+                raise UserError(f"{title_of(name, cfg)} needs {file_of(cfg, 'checkpoint', part)} "
                                 f"({reasons[part]}): add {part} to --run-models")
     todo, seconds = [name for name in names if reasons[name]], {}
     precision, total = str(training_precision(device)).removeprefix("torch."), 0.0
@@ -2034,14 +2139,14 @@ def plan_training(clips, names, cfg, device, following=0):
             old = read_checkpoint(file_of(cfg, "checkpoint", name))
         before = f"{old['epochs']} epochs, validation UAR {old['scores']['uar']:.1%}" if old else ""
         if name not in todo:
-            print(f"  {MODELS[name].title:24} reused ({before})")
+            print(f"  {title_of(name, cfg):24} reused ({before})")
             continue
         for part in MODELS[name].parts or [name]:
             seconds[part] = seconds.get(part) or epoch_seconds(part, clips, cfg, device, part not in todo)
         share = 0.4 if MODELS[name].parts else 1.0  # a head needs no backward pass of its parts
         minutes = epochs * share * sum(seconds[part] for part in MODELS[name].parts or [name]) / 60
         total += minutes
-        print(f"  {MODELS[name].title:24} {epochs} epochs, about {minutes:.1f} min ({reasons[name]})"
+        print(f"  {title_of(name, cfg):24} {epochs} epochs, about {minutes:.1f} min ({reasons[name]})"
               + (f"; replaces {before}, kept as *.previous.pth" if old else ""))
     print(f"  about {total:.0f} min of training in all"
           + f", and {following} more runs after this one" * bool(following), flush=True)

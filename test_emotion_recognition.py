@@ -293,6 +293,16 @@ def test_noise_is_marked_and_counted(finished, capsys):
     assert 0.3 < share < 0.5
 
 
+@pytest.mark.parametrize("fold", range(5))
+def test_sentences_of_the_user_are_drawn_and_cross_no_split(fold, all_names):
+    write_sentences("own.csv")
+    cfg = config(sentences_csv="own.csv", folds=str(fold))
+    clips = er.add_transcripts(er.split_clips(all_names[0], cfg), cfg, "cpu")
+    assert clips["transcript"].isin(sum(er.read_sentences("own.csv").values(), [])).all()
+    assert clips.groupby("transcript")["split"].nunique().max() == 1
+    assert all(row.emotion in row.transcript or row.transcript == "What a day." for row in clips.itertuples())
+
+
 def test_vocabulary_is_of_the_training_split_only(demo):
     cfg, clips = demo
     clips = clips.assign(transcript=clips["transcript"].where(clips["split"] == "train", "xylophone"))
@@ -620,6 +630,57 @@ def test_any_transcript_has_an_answer(name, text, demo):
     assert model(batch_of(model, clips[:2].assign(transcript=text), cfg)).isfinite().all()
 
 
+@pytest.fixture(params=itertools.product(["fusion_rnn", "fusion_bert"], er.CHOICES["fusion"]),
+                ids="-".join)
+def fusion(request, demo):
+    """(a new model of early fusion with a head that is not at its start, a batch of clips)."""
+    name, kind = request.param
+    cfg, clips = SimpleNamespace(**vars(demo[0]) | {"fusion": kind}), demo[1][:16]
+    model, training = er.build_model(name, demo[1], cfg, "cpu").train(), er.settings_for(cfg, name)
+    batch, trainer = batch_of(model, clips, cfg), er.Trainer(model, training, 40, "cpu")
+    losses = [trainer.step(dict(batch))[0] for _ in range(40)]
+    assert np.mean(losses[-5:]) < losses[0]
+    return model.eval(), batch
+
+
+def test_padding_never_changes_an_answer_of_fused_models(fusion):
+    model, batch = fusion
+    padded = {key: F.pad(value, (0, 5)) if key in ("tokens", "input_ids", "attention_mask") else value
+              for key, value in batch.items()}
+    assert torch.allclose(model(batch), model(padded), atol=1e-5)
+
+
+def test_a_fused_model_answers_with_one_modality(fusion):
+    """Each answer depends on what is there, not on what is missing."""
+    model, batch = fusion
+    words = set(model.inputs) - {"mel"}
+    heard = {key: value for key, value in batch.items() if key not in words}
+    read = {key: value for key, value in batch.items() if key != "mel"}
+    for part in (heard, read):
+        logits = model(part)
+        assert logits.shape == (16, 8) and logits.isfinite().all() and logits.std(dim=0).min() > 0
+        assert not torch.allclose(logits, model(batch), atol=1e-3)
+
+
+def test_attention_reads_the_other_modality_step_by_step_and_nothing_masked():
+    torch.manual_seed(0)
+    cross = er.CrossAttention(128, 64, 0.0).eval()
+    steps, others, mask = torch.randn(2, 5, 128), torch.randn(2, 7, 64), torch.arange(7) < 4
+    mask = torch.stack([mask, torch.zeros(7, dtype=torch.bool)])
+    found = cross(steps, others, mask)
+    assert torch.equal(found[1], steps[1]) and not torch.allclose(found[0], steps[0], atol=1e-2)
+    assert torch.allclose(found, cross(steps, others.masked_fill(~mask[..., None], 9.0), mask))
+
+
+def test_both_kinds_of_early_fusion_may_lie_in_one_folder(copied, trained):
+    er.main([*DEMO, "--fusion", "attention", "--phase", "fusion", "--run-models", "fusion_rnn"])
+    assert trained == ["fusion_rnn"] and (OUTPUT / "EarlyFusion_RNN_best.pth").exists()
+    assert read_json(OUTPUT / "metrics.json")["rows"]["fusion_rnn"]["title"].startswith("Attention fusion, RNN")
+    assert er.restore_model(OUTPUT / "AttentionFusion_RNN_best.pth").spec["fusion"] == "attention"
+    er.main([*DEMO, "--phase", "fusion"])
+    assert trained == ["fusion_rnn"]
+
+
 @pytest.mark.parametrize("name", ["fusion_rnn", "fusion_bert"])
 def test_early_fusion_leaves_its_parts_as_they_were_trained(name, demo):
     def weights(of):
@@ -886,8 +947,26 @@ def test_whisper_transcripts_feed_a_run_that_is_no_oracle(tiny_whisper, finished
     er.main(["--ravdess-path", "few", "--no-use-simulated-sentences", "--whisper-model", tiny_whisper,
              "--run-models", "rnn", "--phase", "unimodal", *TINY])
     figures, clips = read_json("outputs/metrics.json"), pd.read_csv("outputs/clips.csv")
+    assert "Word error rate of Whisper: " in str(figures["audit"]) and "carry no label" in str(figures["audit"])
     assert len(clips) == 24 and clips["transcript"].notna().any() and figures["marks"] == []
     assert figures["rows"]["rnn"]["status"] == "run" and "oracle" not in figures["rows"]["rnn"]["title"]
+
+
+@pytest.mark.parametrize(("statement", "heard", "wrong"), [
+    (1, "Kids are talking by the door.", 0), (2, "dogs are SITTING by the door", 0), (1, "", 6),
+    (1, "Kids are walking by the door", 1), (2, "Dogs sitting by the door", 1), (1, "The kids are talking by", 3)])
+def test_word_error_rate_of_counted_cases(statement, heard, wrong):
+    clips = pd.DataFrame({"statement": [statement, 1], "transcript": [heard, "Kids are talking by the door"]})
+    assert er.word_error_rate(clips) == wrong / 12
+
+
+@pytest.mark.parametrize(("no_speech", "logprob", "compression", "text"), [
+    (0.1, -0.3, 1.0, "Thank you."), (0.9, -0.3, 1.0, "Thank you."), (0.9, -1.5, 1.0, ""), (0.1, -0.3, 9.0, "")])
+def test_what_whisper_makes_out_of_silence_is_an_empty_transcript(no_speech, logprob, compression, text):
+    from whisper import DecodingResult
+    assert text == er.said_in(DecodingResult(
+        audio_features=None, language="en", text=" Thank you. ", no_speech_prob=no_speech,
+        avg_logprob=logprob, compression_ratio=compression))
 
 
 # %% Notebook
@@ -1207,6 +1286,13 @@ def rename_mask(folder):
         path.write_text(path.read_text(encoding="utf-8").replace("[MASK]", "<mask>"), encoding="utf-8")
 
 
+def write_sentences(path, third="happy,What a day.", last=5):
+    """A table of five sentences an emotion, `last` for the last one, with `third` as its third line."""
+    lines = [f"{emotion},Sentence {emotion} {number}" for emotion in er.EMOTIONS
+             for number in range(last if emotion == er.EMOTIONS[-1] else 5)]
+    Path(path).write_text("\n".join(["emotion,sentence", lines[0], third, *lines[1:]]), encoding="utf-8")
+
+
 def break_torchaudio(monkeypatch):
     """Put a torchaudio first whose library does not fit the installed torch."""
     touch(".", "torchaudio/functional.py")
@@ -1272,6 +1358,19 @@ ONE_SENTENCE = {  # what is wrong: (command line, what the sentence must name, h
     "BERT without weights": (f"{OWN} --bert-model own", "--bert-model own|--run-models cnn,rnn,fusion_rnn",
                              lambda _: touch("own", "config.json")),
     "BERT without hub": (f"{OWN} --bert-model no/one", "--bert-model no/one|--run-models cnn,rnn,fusion_rnn"),
+    "a sentence of no emotion": (f"{OWN} --sentences-csv s.csv", "s.csv line 3|'bored'|--sentences-csv",
+                                 lambda _: write_sentences("s.csv", "bored,So what.")),
+    "a sentence twice": (f"{OWN} --sentences-csv s.csv", "s.csv line 3|line 2 again|--sentences-csv",
+                         lambda _: write_sentences("s.csv", "happy,Sentence neutral 0!")),
+    "a sentence without words": (f"{OWN} --sentences-csv s.csv", "s.csv line 3|no words",
+                                 lambda _: write_sentences("s.csv", "happy,...")),
+    "a comma too many": (f"{OWN} --sentences-csv s.csv", "s.csv line 3|columns",
+                         lambda _: write_sentences("s.csv", "happy,Well, yes.")),
+    "too few sentences": (f"{OWN} --sentences-csv s.csv", "s.csv|4 of 5|surprised",
+                          lambda _: write_sentences("s.csv", "sad,One more.", last=4)),
+    "no sentence table": (f"{OWN} --sentences-csv s.csv", "s.csv|CSV|--sentences-csv"),
+    "other columns": (f"{OWN} --sentences-csv s.csv", "s.csv|line 1",
+                      lambda _: Path("s.csv").write_text("a,b\n1,2\n")),
     "Whisper of text": (f"{WHISPER} a.pt", "--whisper-model a.pt", lambda _: touch(".", "a.pt")),
     "Whisper of others": (f"{WHISPER} a.pt", "--whisper-model a.pt", lambda _: torch.save({"a": 1}, "a.pt")),
 }
