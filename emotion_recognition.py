@@ -1180,7 +1180,7 @@ class EarlyFusion(Encoder):
         there = {name: part for name, part in self.encoders.items() if set(part.inputs) <= set(batch)}
         with torch.no_grad():
             heard = {name: part.sequence(batch) for name, part in there.items()}
-        for (name, part), other in zip(self.encoders.items(), reversed(self.encoders)):
+        for (name, part), other in zip(self.encoders.items(), reversed(list(self.encoders))):
             if name not in heard:
                 joined.append(self.norms[name](torch.zeros(size, part.width, device=device)))
                 continue

@@ -298,7 +298,7 @@ def test_sentences_of_the_user_are_drawn_and_cross_no_split(fold, all_names):
     write_sentences("own.csv")
     cfg = config(sentences_csv="own.csv", folds=str(fold))
     clips = er.add_transcripts(er.split_clips(all_names[0], cfg), cfg, "cpu")
-    assert clips["transcript"].isin(sum(er.read_sentences("own.csv").values(), [])).all()
+    assert set(clips["transcript"]) <= set().union(*er.read_sentences("own.csv").values())
     assert clips.groupby("transcript")["split"].nunique().max() == 1
     assert all(row.emotion in row.transcript or row.transcript == "What a day." for row in clips.itertuples())
 
@@ -675,7 +675,8 @@ def test_attention_reads_the_other_modality_step_by_step_and_nothing_masked():
 def test_both_kinds_of_early_fusion_may_lie_in_one_folder(copied, trained):
     er.main([*DEMO, "--fusion", "attention", "--phase", "fusion", "--run-models", "fusion_rnn"])
     assert trained == ["fusion_rnn"] and (OUTPUT / "EarlyFusion_RNN_best.pth").exists()
-    assert read_json(OUTPUT / "metrics.json")["rows"]["fusion_rnn"]["title"].startswith("Attention fusion, RNN")
+    rows = read_json(OUTPUT / "metrics.json")["rows"]
+    assert rows["fusion_rnn"]["title"] == "Attention fusion, RNN (oracle text)"
     assert er.restore_model(OUTPUT / "AttentionFusion_RNN_best.pth").spec["fusion"] == "attention"
     er.main([*DEMO, "--phase", "fusion"])
     assert trained == ["fusion_rnn"]
@@ -947,21 +948,23 @@ def test_whisper_transcripts_feed_a_run_that_is_no_oracle(tiny_whisper, finished
     er.main(["--ravdess-path", "few", "--no-use-simulated-sentences", "--whisper-model", tiny_whisper,
              "--run-models", "rnn", "--phase", "unimodal", *TINY])
     figures, clips = read_json("outputs/metrics.json"), pd.read_csv("outputs/clips.csv")
-    assert "Word error rate of Whisper: " in str(figures["audit"]) and "carry no label" in str(figures["audit"])
+    assert "Word error rate of Whisper: " in str(figures["audit"])
     assert len(clips) == 24 and clips["transcript"].notna().any() and figures["marks"] == []
     assert figures["rows"]["rnn"]["status"] == "run" and "oracle" not in figures["rows"]["rnn"]["title"]
 
 
 @pytest.mark.parametrize(("statement", "heard", "wrong"), [
     (1, "Kids are talking by the door.", 0), (2, "dogs are SITTING by the door", 0), (1, "", 6),
-    (1, "Kids are walking by the door", 1), (2, "Dogs sitting by the door", 1), (1, "The kids are talking by", 3)])
+    (1, "Kids are walking by the door", 1), (2, "Dogs sitting by the door", 1),
+    (1, "The kids are talking by", 3)])
 def test_word_error_rate_of_counted_cases(statement, heard, wrong):
     clips = pd.DataFrame({"statement": [statement, 1], "transcript": [heard, "Kids are talking by the door"]})
     assert er.word_error_rate(clips) == wrong / 12
 
 
 @pytest.mark.parametrize(("no_speech", "logprob", "compression", "text"), [
-    (0.1, -0.3, 1.0, "Thank you."), (0.9, -0.3, 1.0, "Thank you."), (0.9, -1.5, 1.0, ""), (0.1, -0.3, 9.0, "")])
+    (0.1, -0.3, 1.0, "Thank you."), (0.9, -0.3, 1.0, "Thank you."), (0.9, -1.5, 1.0, ""),
+    (0.1, -0.3, 9.0, "")])
 def test_what_whisper_makes_out_of_silence_is_an_empty_transcript(no_speech, logprob, compression, text):
     from whisper import DecodingResult
     assert text == er.said_in(DecodingResult(
