@@ -616,10 +616,8 @@ def read_cache(path):
 
 def add_transcripts(clips, cfg, device):
     """Add the column `transcript`, simulated or by Whisper; both leave a cache in OUTPUT_DIR."""
-    if not cfg.use_simulated_sentences and names_in(cfg.run_models) == ["cnn"]:
-        return clips.assign(transcript="")  # nothing reads it
     if not cfg.use_simulated_sentences:
-        return clips.assign(transcript=transcribe(clips, cfg, device))
+        return clips.assign(transcript=transcribe(clips, cfg, device) if asks_whisper(cfg) else "")
     bank, path = sentence_bank(cfg.sentences_csv), Path(cfg.cache_dir, "ravdess_transcripts_simulated.pkl")
     cache, noise = read_cache(path), cfg.sentence_noise
     key = f"{cfg.split} fold {cfg.folds} seed {cfg.seed} noise {noise} bank {digest(bank)}"
@@ -658,6 +656,11 @@ def load_whisper(cfg, device):
                         f"name a Whisper checkpoint, {way_out}") from error
 
 
+def asks_whisper(cfg):
+    """Whether clips are transcribed: no sentences are simulated, and some model reads words."""
+    return not cfg.use_simulated_sentences and names_in(cfg.run_models) != ["cnn"]
+
+
 def said_in(result):
     """The text of a Whisper result; "" where Whisper's own limits say that it made words out of silence."""
     silent = result.no_speech_prob > 0.6 and result.avg_logprob < -1.0
@@ -688,7 +691,8 @@ def transcribe(clips, cfg, device):
     source = Path(cfg.whisper_model)
     path = Path(cfg.cache_dir, f"ravdess_transcripts_whisper_{source.name.removesuffix('.pt')}.pkl")
     cache = read_cache(path)
-    texts = cache.setdefault(digest(source.read_bytes()) if source.is_file() else cfg.whisper_model, {})
+    key = digest(source.read_bytes()) if source.is_file() else cfg.whisper_model
+    texts = cache.setdefault(f"{key}, silence is empty", {})  # as said_in has it
     todo = clips[~clips["digest"].isin(texts)].drop_duplicates("digest")
     if len(todo):
         whisper, model = load_whisper(cfg, device)
@@ -864,15 +868,14 @@ class ClipDataset(Dataset):
     if the model only listens; of the words (B, L), `augment` hides WORD_DROPOUT.
     """
 
-    def __init__(self, clips, model, cfg, device, augment=False, inputs=None):
-        self.inputs = inputs or model.inputs  # fewer than the model's: a modality is missing
+    def __init__(self, clips, model, cfg, device, augment=False):
         self.model, self.device, self.augment, self.view = model, device, augment, VIEWS[0]
         self.labels = torch.tensor([EMOTIONS.index(emotion) for emotion in clips["emotion"]])
         self.lengths = torch.tensor([len(mel) for mel in clips["mel"]])  # in frames
         self.firsts = self.lengths.cumsum(0) - self.lengths
-        heard = list(clips["mel"]) if "mel" in self.inputs else []
+        heard = list(clips["mel"]) if "mel" in model.inputs else []
         self.mels = torch.from_numpy(np.concatenate(heard)).to(device) if heard else None  # (all T, M)
-        self.words = {} if self.inputs == ("mel",) else model.tokenize(list(clips["transcript"]))
+        self.words = {} if model.inputs == ("mel",) else model.tokenize(list(clips["transcript"]))
         self.frames = round(cfg.clip_seconds * cfg.sampling_rate / cfg.hop_length)
         self.rate, self.word_dropout, self.mixup = cfg.sampling_rate, cfg.word_dropout, cfg.mixup
 
@@ -1215,18 +1218,16 @@ FILES = {"checkpoint": "{}_best.pth", "history": "histories/{}.csv", "prediction
 
 def file_of(cfg, kind, name):
     """The path of a row's checkpoint, history or predictions."""
-    return Path(cfg.output_dir, FILES[kind].format(stem_of(name, cfg)))
+    return Path(cfg.output_dir, FILES[kind].format(row_of(name, cfg).stem))
 
 
-def stem_of(name, cfg):
-    """The stem of a row's files; both kinds of early fusion may lie in one folder."""
-    attends = cfg.fusion == "attention" and name in MODELS and MODELS[name].parts
-    return ROWS[name].stem.replace("Early", "Attention") if attends else ROWS[name].stem
-
-
-def title_of(name, cfg):
-    """The title of a row in tables and plots."""
-    return ROWS[name].title.replace("Early", "Attention" if "Attention" in stem_of(name, cfg) else "Early")
+def row_of(name, cfg):
+    """A row as these settings have it: both kinds of early fusion may lie in one folder."""
+    row = ROWS[name]
+    if row.kind is EarlyFusion and cfg.fusion == "attention":
+        row = row._replace(stem=row.stem.replace("Early", "Attention"),
+                           title=row.title.replace("Early", "Attention"))
+    return row
 
 
 def pick_device(cfg):
@@ -1429,9 +1430,8 @@ def fingerprint(cfg, name, clips=None):
     mark = settings_for(cfg, name) | {"version": 2}  # of the networks and their training
     keys = ["seed", "split", "folds"] + {"cnn": [*FEATURES, "mixup"]}.get(name, ["word_dropout"])
     keys += ["max_tokens", "use_simulated_sentences"] if name in ("rnn", "bert") else []
-    keys += ["bert_model"] if name == "bert" else []
+    keys += ["bert_model"] if name == "bert" else ["fusion"] if MODELS[name].parts else []
     mark = {key: str(value) for key, value in (mark | {key: getattr(cfg, key) for key in keys}).items()}
-    mark |= {"fusion": cfg.fusion} if MODELS[name].parts else {}
     for part in MODELS[name].parts:
         mark |= {f"{part} {key}": value for key, value in fingerprint(cfg, part, clips).items()}
     if clips is not None and not MODELS[name].parts:
@@ -1473,7 +1473,7 @@ def train_model(name, clips, cfg, device):
     train = ClipDataset(parts["train"], model, cfg, device, augment=True)
     fixed = {split: ClipDataset(part, model, cfg, device) for split, part in parts.items()}
     size = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print(f"\n{title_of(name, cfg)}: {size:,} trained parameters, {len(train)} clips", flush=True)
+    print(f"\n{row_of(name, cfg).title}: {size:,} trained parameters, {len(train)} clips", flush=True)
     model, history = fit(model, train, fixed["validation"], settings, device)
     logits = {split: predict(model, dataset) for split, dataset in fixed.items()}
     temperature = fit_temperature(logits["validation"], fixed["validation"].labels)
@@ -1674,7 +1674,7 @@ def evaluate(runs, tables, reasons, audit, cfg):
     for name in rows_of(cfg):
         part, oracle = name.removesuffix("_ensemble"), reads_oracle(name, cfg)
         why = next((each[part] for each in reasons if each[part]), "")
-        rows[name] = {"title": title_of(name, cfg) + " (oracle text)" * oracle,
+        rows[name] = {"title": row_of(name, cfg).title + " (oracle text)" * oracle,
                       "status": f"not run: {why}" if why else "run"}
         if why:
             continue
@@ -1687,7 +1687,7 @@ def evaluate(runs, tables, reasons, audit, cfg):
             draws[name, by_sentence] = weighted_uar(weights, test)
         rows[name] |= figures_of(table, draws[name, oracle], unseen)
         if len(runs) > 1:
-            save_table(folder / "predictions" / f"{stem_of(name, cfg)}_out_of_fold.csv", test, cfg)
+            save_table(folder / "predictions" / f"{row_of(name, cfg).stem}_out_of_fold.csv", test, cfg)
     pairs = []
     for first, second in itertools.combinations(tests if len(runs) > 1 else [], 2):
         oracle = reads_oracle(first, cfg) or reads_oracle(second, cfg)
@@ -1738,7 +1738,7 @@ def plot_paths(rows, cfg):
     """The plots of a finished run, in the order of the report; those of the data first."""
     names = ["class_counts", "samples", *(["training_curves", "comparison", "reliability"] if rows else [])]
     names += ["cross_validation"] if rows and len(runs_of(cfg)) > 1 else []
-    names += [f"confusion_{stem_of(name, cfg)}" for name in rows if rows[name]["status"] == "run"]
+    names += [f"confusion_{row_of(name, cfg).stem}" for name in rows if rows[name]["status"] == "run"]
     return [plot_path(name, cfg) for name in names]
 
 
@@ -1817,7 +1817,7 @@ def plot_confusion(name, row, cfg):
         axis.tick_params(axis="x", rotation=45)
         axis.tick_params(axis="y", rotation=0)
     figure.suptitle("{title}: test accuracy {accuracy:.1%}, UAR {uar:.1%}".format(**row["test"] | row))
-    save_figure(figure, f"confusion_{stem_of(name, cfg)}", cfg)
+    save_figure(figure, f"confusion_{row_of(name, cfg).stem}", cfg)
 
 
 def draw_comparison(axis, rows, several):
@@ -2073,8 +2073,7 @@ def describe_data(runs, tables, audit, cfg):
     from sklearn.preprocessing import LabelEncoder
     sentences, folder, clips = describe_audit(tables[0], audit), Path(cfg.output_dir), tables[0]
     sentences += dict.fromkeys(describe_split(table, run) for run, table in zip(runs, tables))
-    heard = not cfg.use_simulated_sentences and clips["transcript"].any()
-    sentences += describe_transcripts(clips) if heard else []
+    sentences += describe_transcripts(clips) if asks_whisper(cfg) else []
     print("\n".join(sentences))
     save(folder / "audit.json", {"audit": sentences, "marks": marks(cfg)})
     encoder = LabelEncoder()
@@ -2128,7 +2127,7 @@ def plan_training(clips, names, cfg, device, following=0):
     for name in names:
         for part in MODELS[name].parts:
             if part not in names and reasons[part]:
-                raise UserError(f"{title_of(name, cfg)} needs {file_of(cfg, 'checkpoint', part)} "
+                raise UserError(f"{row_of(name, cfg).title} needs {file_of(cfg, 'checkpoint', part)} "
                                 f"({reasons[part]}): add {part} to --run-models")
     todo, seconds = [name for name in names if reasons[name]], {}
     precision, total = str(training_precision(device)).removeprefix("torch."), 0.0
@@ -2139,14 +2138,14 @@ def plan_training(clips, names, cfg, device, following=0):
             old = read_checkpoint(file_of(cfg, "checkpoint", name))
         before = f"{old['epochs']} epochs, validation UAR {old['scores']['uar']:.1%}" if old else ""
         if name not in todo:
-            print(f"  {title_of(name, cfg):24} reused ({before})")
+            print(f"  {row_of(name, cfg).title:24} reused ({before})")
             continue
         for part in MODELS[name].parts or [name]:
             seconds[part] = seconds.get(part) or epoch_seconds(part, clips, cfg, device, part not in todo)
         share = 0.4 if MODELS[name].parts else 1.0  # a head needs no backward pass of its parts
         minutes = epochs * share * sum(seconds[part] for part in MODELS[name].parts or [name]) / 60
         total += minutes
-        print(f"  {title_of(name, cfg):24} {epochs} epochs, about {minutes:.1f} min ({reasons[name]})"
+        print(f"  {row_of(name, cfg).title:24} {epochs} epochs, about {minutes:.1f} min ({reasons[name]})"
               + (f"; replaces {before}, kept as *.previous.pth" if old else ""))
     print(f"  about {total:.0f} min of training in all"
           + f", and {following} more runs after this one" * bool(following), flush=True)

@@ -907,11 +907,17 @@ def test_the_command_line_runs_the_demo():
 # %% Whisper
 @pytest.fixture
 def tiny_whisper(tmp_path, monkeypatch):
-    """A checkpoint of random weights in Whisper's own format; no program is found, ffmpeg neither."""
+    """A checkpoint of random weights in Whisper's own format; no program is found, ffmpeg neither.
+
+    What random weights say looks invented, and is: here it counts as said.
+    """
     from whisper.model import ModelDimensions, Whisper
     torch.manual_seed(0)
     dims = ModelDimensions(80, 1500, 16, 2, 1, 51865, 16, 16, 2, 1)
-    torch.save({"dims": vars(dims), "model_state_dict": Whisper(dims).state_dict()}, "little.pt")
+    model = Whisper(dims)
+    torch.nn.init.normal_(model.decoder.positional_embedding)  # Whisper leaves it as the memory was
+    torch.save({"dims": vars(dims), "model_state_dict": model.state_dict()}, "little.pt")
+    monkeypatch.setattr(er, "said_in", lambda result: result.text.strip())
     monkeypatch.setenv("PATH", "")
     return str(tmp_path / "little.pt")
 
@@ -939,6 +945,14 @@ def test_whisper_goes_on_where_it_was_stopped(tiny_whisper, demo, monkeypatch):
     assert sum(sizes) == 10 and texts.map(type).eq(str).all() and texts.str.len().max() > 0
     monkeypatch.setattr(Whisper, "decode", None)  # nothing is left to decode
     assert er.add_transcripts(clips, cfg, "cpu")["transcript"].equals(texts)
+
+
+def test_a_transcript_that_is_dismissed_is_empty(tiny_whisper, demo, monkeypatch):
+    cfg, clips = config(use_simulated_sentences=False, whisper_model=tiny_whisper), demo[1][:4]
+    monkeypatch.setattr(er, "said_in", lambda result: "")
+    clips = er.add_transcripts(clips, cfg, "cpu")
+    assert clips["transcript"].tolist() == [""] * 4
+    assert er.describe_transcripts(clips)[0].startswith("Word error rate of Whisper: 100.0%")
 
 
 def test_whisper_transcripts_feed_a_run_that_is_no_oracle(tiny_whisper, finished):
