@@ -84,7 +84,7 @@ SENTENCES_CSV = ""               # your own sentences: columns emotion, sentence
 WHISPER_MODEL = "base"           # Whisper checkpoint, a name or a file
 BERT_MODEL = "distilbert-base-uncased"  # pretrained text encoder, a hub name or a folder
 MAX_TOKENS = 40                  # longest transcript, in words or word pieces
-FUSION = "concat"                # early fusion joins features; attention: both modalities attend first
+FUSION = "concat"                # early fusion joins features; attention: both attend first; or both kinds
 # Sound
 SAMPLING_RATE = 16000            # in Hz, everything is resampled to it
 TRIM_DB = 30.0                   # silence is what lies this far below the clip's own peak
@@ -111,8 +111,8 @@ EMA_DECAY = 0.99                 # moving average of the weights, per step
 SETTINGS = {name: type(value) for name, value in list(globals().items())
             if name.isupper() and type(value) in (bool, int, float, str)}
 CHOICES = {
-    "phase": ("all", "data", "unimodal", "fusion", "report"),
-    "fusion": ("concat", "attention"),
+    "phase": ("all", "data", "unimodal", "fusion", "study", "report"),
+    "fusion": ("concat", "attention", "both"),
     "device": ("auto", "cuda", "mps", "cpu"),
     "split": ("speaker", "random"),
     "test_views": (1, 2, 3, 4, 5),
@@ -172,9 +172,10 @@ def parse_settings(argv=None):
             values[name] = min(values[name], value) if name.startswith("epochs") else value
         values.update(ravdess_path="archive/demo/corpus", bert_model="archive/demo/distilbert")
         folder, named = Path((values | given)["output_dir"]), given if "output_dir" in given else values
-        named["output_dir"] = str(folder if folder.name == "demo" else folder / "demo")
+        named["output_dir"] = str(folder if "demo" in folder.parts else folder / "demo")
     cfg = SimpleNamespace(**(values | given), given=sorted(given))
     cfg.cache_dir = cfg.output_dir  # shared by the runs of a cross-validation
+    cfg.fusion = "both" if cfg.phase == "study" else cfg.fusion
     check_settings(cfg)
     cfg.folds, cfg.run_models = (",".join(names_in(names)) for names in (cfg.folds, cfg.run_models))
     return cfg
@@ -209,12 +210,14 @@ def check_settings(cfg):
             raise UserError(f"{flag} {value!r} is none of {', '.join(map(repr, CHOICES[key]))}")
         if kind in (int, float) and not low <= value <= high:
             raise UserError(f"{flag} {value} is not a number from {low} to {high}")
-    names = names_in(cfg.run_models)
-    if not names or not set(names) <= set(MODELS):
-        raise UserError(f"--run-models {cfg.run_models!r} is not a list of names out of {', '.join(MODELS)}")
+    names, known = names_in(cfg.run_models), [name for name in MODELS if not name.startswith("attention")]
+    if not names or not set(names) <= set(known):
+        raise UserError(f"--run-models {cfg.run_models!r} is not a list of names out of {', '.join(known)}")
     folds = names_in(cfg.folds)
     if not folds or len(set(folds)) < len(folds) or not set(folds) <= set("01234"):
         raise UserError(f"--folds {cfg.folds!r} is not a list of different folds out of 0,1,2,3,4")
+    if cfg.phase == "study" and not cfg.use_simulated_sentences:
+        raise UserError("--phase study needs simulated sentences: leave out --no-use-simulated-sentences")
     if cfg.split == "random" and len(folds) * cfg.runs > 1:
         raise UserError("--split random has no folds: leave out --folds and --runs, or --split random")
     if cfg.clip_seconds * cfg.sampling_rate < 16 * cfg.hop_length:
@@ -862,20 +865,21 @@ VIEWS = (1.0, 1.0), (0.94, 1.0), (1.06, 1.0), (1.0, 1.105), (1.0, 0.905)  # of a
 
 
 class ClipDataset(Dataset):
-    """Labels of clips and what a model reads of them (`model.inputs`); indexed by rows, it gives a batch.
+    """Labels of clips and what a model reads of them, or of that `inputs`; indexed by rows, it gives a batch.
 
     Log-mel windows (B, 1, M, T) are the middle of each clip, or with `augment` a random view of it, mixed up
     if the model only listens; of the words (B, L), `augment` hides WORD_DROPOUT.
     """
 
-    def __init__(self, clips, model, cfg, device, augment=False):
+    def __init__(self, clips, model, cfg, device, augment=False, inputs=None):
+        inputs = inputs or model.inputs
         self.model, self.device, self.augment, self.view = model, device, augment, VIEWS[0]
         self.labels = torch.tensor([EMOTIONS.index(emotion) for emotion in clips["emotion"]])
         self.lengths = torch.tensor([len(mel) for mel in clips["mel"]])  # in frames
         self.firsts = self.lengths.cumsum(0) - self.lengths
-        heard = list(clips["mel"]) if "mel" in model.inputs else []
+        heard = list(clips["mel"]) if "mel" in inputs else []
         self.mels = torch.from_numpy(np.concatenate(heard)).to(device) if heard else None  # (all T, M)
-        self.words = {} if model.inputs == ("mel",) else model.tokenize(list(clips["transcript"]))
+        self.words = {} if inputs == ("mel",) else model.tokenize(list(clips["transcript"]))
         self.frames = round(cfg.clip_seconds * cfg.sampling_rate / cfg.hop_length)
         self.rate, self.word_dropout, self.mixup = cfg.sampling_rate, cfg.word_dropout, cfg.mixup
 
@@ -1205,29 +1209,34 @@ ROWS = {  # in the order of the tables; views, ensembles and late fusion are ari
                                    ("cnn",)),
     "rnn": ModelRow(TextRNN, "TextRNN", "TextRNN", "rnn"),
     "bert": ModelRow(TextBERT, "TextBERT", "TextBERT", "bert"),
-    "fusion_rnn": ModelRow(EarlyFusion, "EarlyFusion_RNN", "Early fusion, RNN", "fusion", ("cnn", "rnn")),
-    "fusion_bert": ModelRow(EarlyFusion, "EarlyFusion_BERT", "Early fusion, BERT", "fusion", ("cnn", "bert")),
-    "late_rnn": ModelRow(None, "LateFusion_RNN", "Late fusion, RNN", "", ("cnn", "rnn")),
-    "late_bert": ModelRow(None, "LateFusion_BERT", "Late fusion, BERT", "", ("cnn", "bert")),
-    "learned_rnn": ModelRow(None, "LearnedFusion_RNN", "Learned late fusion, RNN", "", ("cnn", "rnn")),
-    "learned_bert": ModelRow(None, "LearnedFusion_BERT", "Learned late fusion, BERT", "", ("cnn", "bert")),
 }
+FUSIONS = {"fusion": (EarlyFusion, "Early"), "attention": (EarlyFusion, "Attention"), "late": (None, "Late"),
+           "learned": (None, "Learned late")}
+ROWS |= {f"{fusion}_{text}": ModelRow(kind, f"{title.split()[0]}Fusion_{text.upper()}",
+                                      f"{title} fusion, {text.upper()}", "fusion", ("cnn", text))
+         for fusion, (kind, title) in FUSIONS.items() for text in ("rnn", "bert")}
+ROWS |= {f"{name}_{modality}": ModelRow(None, f"{row.stem}_{modality}_only", f"{row.title}, {modality} only",
+                                        "", (name,))
+         for name, row in ROWS.items() if row.kind is EarlyFusion for modality in ("audio", "text")}
 MODELS = {name: row for name, row in ROWS.items() if row.kind}  # what is trained, parts first
 FILES = {"checkpoint": "{}_best.pth", "history": "histories/{}.csv", "predictions": "predictions/{}.csv"}
 
 
 def file_of(cfg, kind, name):
     """The path of a row's checkpoint, history or predictions."""
-    return Path(cfg.output_dir, FILES[kind].format(row_of(name, cfg).stem))
+    return Path(cfg.output_dir, FILES[kind].format(ROWS[name].stem))
 
 
-def row_of(name, cfg):
-    """A row as these settings have it: both kinds of early fusion may lie in one folder."""
-    row = ROWS[name]
-    if row.kind is EarlyFusion and cfg.fusion == "attention":
-        row = row._replace(stem=row.stem.replace("Early", "Attention"),
-                           title=row.title.replace("Early", "Attention"))
-    return row
+def kinds_of_fusion(cfg):
+    """What the names of the early fusion rows that FUSION asks for begin with."""
+    return {"concat": ["fusion"], "attention": ["attention"], "both": ["fusion", "attention"]}[cfg.fusion]
+
+
+def models_asked(cfg):
+    """The names of the models that RUN_MODELS and FUSION ask for, parts first."""
+    asked, kinds = names_in(cfg.run_models), kinds_of_fusion(cfg)
+    names = {name.replace("fusion", kind) for name in asked for kind in kinds}
+    return [name for name in MODELS if name in names]
 
 
 def pick_device(cfg):
@@ -1261,7 +1270,8 @@ def build_model(name, clips, cfg, device):
         spec |= {"vocabulary": vocabulary, "max_tokens": cfg.max_tokens}
     elif row.parts:
         parts = {part: restore_model(file_of(cfg, "checkpoint", part)) for part in row.parts}
-        spec |= {"parts": {part: trained.spec for part, trained in parts.items()}, "fusion": cfg.fusion}
+        spec |= {"parts": {part: trained.spec for part, trained in parts.items()},
+                 "fusion": "attention" if name.startswith("attention") else "concat"}
         weights = {f"encoders.{part}": trained for part, trained in parts.items()}
     model = row.kind(**spec)
     for module, source in weights.items():
@@ -1430,7 +1440,7 @@ def fingerprint(cfg, name, clips=None):
     mark = settings_for(cfg, name) | {"version": 2}  # of the networks and their training
     keys = ["seed", "split", "folds"] + {"cnn": [*FEATURES, "mixup"]}.get(name, ["word_dropout"])
     keys += ["max_tokens", "use_simulated_sentences"] if name in ("rnn", "bert") else []
-    keys += ["bert_model"] if name == "bert" else ["fusion"] if MODELS[name].parts else []
+    keys += ["bert_model"] if name == "bert" else []
     mark = {key: str(value) for key, value in (mark | {key: getattr(cfg, key) for key in keys}).items()}
     for part in MODELS[name].parts:
         mark |= {f"{part} {key}": value for key, value in fingerprint(cfg, part, clips).items()}
@@ -1473,7 +1483,7 @@ def train_model(name, clips, cfg, device):
     train = ClipDataset(parts["train"], model, cfg, device, augment=True)
     fixed = {split: ClipDataset(part, model, cfg, device) for split, part in parts.items()}
     size = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print(f"\n{row_of(name, cfg).title}: {size:,} trained parameters, {len(train)} clips", flush=True)
+    print(f"\n{ROWS[name].title}: {size:,} trained parameters, {len(train)} clips", flush=True)
     model, history = fit(model, train, fixed["validation"], settings, device)
     logits = {split: predict(model, dataset) for split, dataset in fixed.items()}
     temperature = fit_temperature(logits["validation"], fixed["validation"].labels)
@@ -1519,13 +1529,14 @@ def versions():
 # %% 15. Evaluation: rows made of others, figures, intervals
 def rows_of(cfg):
     """The names of the rows that these settings ask for."""
+    other = {"fusion", "attention"}.difference(kinds_of_fusion(cfg))
     return [name for name in ROWS if ("views" not in name or cfg.test_views > 1)
-            and ("ensemble" not in name or cfg.runs > 1)]
+            and ("ensemble" not in name or cfg.runs > 1) and name.split("_")[0] not in other]
 
 
 def reads_oracle(name, cfg):
     """Whether a row reads sentences that were drawn by label."""
-    return cfg.use_simulated_sentences and not name.startswith("cnn")
+    return cfg.use_simulated_sentences and not name.startswith("cnn") and not name.endswith("_audio")
 
 
 def pool(tables):
@@ -1533,7 +1544,7 @@ def pool(tables):
     table, logs = tables[0], [np.log(part[EMOTIONS].to_numpy().clip(1e-7)) for part in tables]
     logits = torch.from_numpy(np.mean(logs, axis=0))
     held_out = torch.tensor((table["split"] == "validation").to_numpy())
-    labels = torch.from_numpy(labels_of(table))
+    labels = torch.tensor(labels_of(table))
     temperature = fit_temperature(logits[held_out], labels[held_out])
     return with_probabilities(table, (logits / temperature).softmax(dim=1).numpy())
 
@@ -1565,18 +1576,20 @@ def combine_late(name, cfg):
     return with_probabilities(table, softmax(np.tensordot(weights, logs, 1), axis=1))
 
 
-def combine_views(clips, cfg, device):
-    """AudioCNN's predictions from TEST_VIEWS views of each clip, as a predictions table."""
-    model = restore_model(file_of(cfg, "checkpoint", "cnn")).to(device)
-    dataset, tables = ClipDataset(clips, model, cfg, device), []
-    for dataset.view in VIEWS[:cfg.test_views]:
+def answer_anew(name, clips, cfg, device):
+    """The predictions of a trained model from TEST_VIEWS views of each clip, or from one modality alone."""
+    model = restore_model(file_of(cfg, "checkpoint", ROWS[name].parts[0])).to(device)
+    views, modality = cfg.test_views if name == "cnn_views" else 1, name.split("_")[-1]
+    keys = [key for key in model.inputs if modality == "views" or (key == "mel") == (modality == "audio")]
+    dataset, tables = ClipDataset(clips, model, cfg, device, inputs=tuple(keys)), []
+    for dataset.view in VIEWS[:views]:
         tables.append(predictions_table(clips, predict(model, dataset).softmax(dim=1).numpy()))
     return pool(tables)
 
 
 def combine(clips, cfg, device):
     """Write the predictions of rows made of others; says of each row why it has none ("" if it has)."""
-    reasons, asked = {}, names_in(cfg.run_models)
+    reasons, asked = {}, models_asked(cfg)
     for name in rows_of(cfg):
         path = file_of(cfg, "predictions", name)
         if name in MODELS:
@@ -1587,12 +1600,12 @@ def combine(clips, cfg, device):
         reasons[name] = f"{' and '.join(missing)} did not run" if missing else ""
         if missing:
             path.unlink(missing_ok=True)
-        elif name == "cnn_views":
-            key = digest(file_of(cfg, "predictions", "cnn").read_bytes(), cfg.test_views)
-            reuse("views", key, [path], cfg,
-                  lambda path=path: save_table(path, combine_views(clips, cfg, device), cfg))
-        else:
+        elif len(ROWS[name].parts) == 2:
             save_table(path, combine_late(name, cfg), cfg)
+        elif "ensemble" not in name:
+            key = digest(file_of(cfg, "predictions", ROWS[name].parts[0]).read_bytes(), cfg.test_views)
+            reuse(path.stem, key, [path], cfg, lambda name=name, path=path: save_table(
+                path, answer_anew(name, clips, cfg, device), cfg))
     return reasons
 
 
@@ -1671,10 +1684,10 @@ def evaluate(runs, tables, reasons, audit, cfg):
     sentences = sorted(set().union(*(clips["transcript"] for clips in tables)))
     for old in folder.glob("predictions/*_out_of_fold.csv"):
         old.unlink()
-    for name in rows_of(cfg):
+    for name in rows_of(cfg):  # those with one modality missing come last
         part, oracle = name.removesuffix("_ensemble"), reads_oracle(name, cfg)
         why = next((each[part] for each in reasons if each[part]), "")
-        rows[name] = {"title": row_of(name, cfg).title + " (oracle text)" * oracle,
+        rows[name] = {"title": ROWS[name].title + " (oracle text)" * oracle,
                       "status": f"not run: {why}" if why else "run"}
         if why:
             continue
@@ -1687,32 +1700,35 @@ def evaluate(runs, tables, reasons, audit, cfg):
             draws[name, by_sentence] = weighted_uar(weights, test)
         rows[name] |= figures_of(table, draws[name, oracle], unseen)
         if len(runs) > 1:
-            save_table(folder / "predictions" / f"{row_of(name, cfg).stem}_out_of_fold.csv", test, cfg)
+            save_table(folder / "predictions" / f"{ROWS[name].stem}_out_of_fold.csv", test, cfg)
     pairs = []
-    for first, second in itertools.combinations(tests if len(runs) > 1 else [], 2):
+    for first, second in itertools.combinations(tests, 2):
         oracle = reads_oracle(first, cfg) or reads_oracle(second, cfg)
         low, high = np.quantile(draws[first, oracle] - draws[second, oracle], (0.025, 0.975))
         difference = rows[first]["test"]["uar"] - rows[second]["test"]["uar"]
-        pairs.append({"row": first, "against": second, "difference": difference, "low": low, "high": high})
+        pairs.append({"row": first, "against": second, "difference": difference, "difference_low": low,
+                      "difference_high": high})
+    alone = {name: rows.pop(name) for name in list(rows) if name.endswith(("_audio", "_text"))}
     with contextlib.suppress(UserError, KeyError, TypeError):
         if read_back(folder / "metrics.json")["rows"] != rows:  # no report may pass for that of these figures
             for old in {folder / REPORT, *folder.glob("plots/*.png")}.difference(plot_paths({}, cfg)):
                 old.unlink(missing_ok=True)
-    save(folder / "metrics.json", described(cfg) | {"classes": EMOTIONS, "audit": audit, "rows": rows,
-                                                    "pairs": pairs, "unseen_actors": unseen})
+    figures = described(cfg) | {"classes": EMOTIONS, "audit": audit, "rows": rows, "alone": alone,
+                                "pairs": pairs, "unseen_actors": unseen}
+    save(folder / "metrics.json", figures)
     save(folder / "config.json", described(cfg))
-    for heading, table in result_tables(rows, len(runs) > 1).items():
+    for heading, table in result_tables(figures, len(runs) > 1).items():
         print(f"\n{heading} ({'; '.join(marks(cfg)) or 'unseen speakers'})\n{table.to_string(index=False)}")
 
 
-def result_tables(rows, several):
+def result_tables(figures, several):
     """The figures of all rows as DataFrames of strings by heading; what did not run says why in `note`."""
     tables = {"Training and validation": [], "Test": [], "Test UAR over folds and seeds": []}
-    for row in rows.values():
-        figures = [{"note": row["status"]}] * 3
+    for row in figures["rows"].values():
+        cells = [{"note": row["status"]}] * 3
         if row["status"] == "run":
             train, held_out, test = (row[split] for split in SPLITS)
-            figures = [
+            cells = [
                 {"train acc": f"{train['accuracy']:.1%}", "val acc": f"{held_out['accuracy']:.1%}",
                  "val UAR": f"{held_out['uar']:.1%}", "val NLL": f"{held_out['nll']:.3f}"},
                 {"UAR": f"{row['uar']:.1%}", "acc": f"{test['accuracy']:.1%}",
@@ -1722,10 +1738,26 @@ def result_tables(rows, several):
                  **{f"SD {key}": "-" if value is None else f"{100 * value:.1f}"
                     for key, value in row["spread"].items()},
                  "unseen actors": f"{row['unseen']:.1%}" if row["unseen"] is not None else "-"}]
-        for lines, line in zip(tables.values(), figures):
+        for lines, line in zip(tables.values(), cells):
             lines.append({"model": row["title"]} | line)
-    names = list(tables) if several else list(tables)[:2]
-    return {name: pd.DataFrame(tables[name]).fillna("-") for name in names}
+    if not several:
+        tables.popitem()
+    missing = [{"model": rows["both"]["title"]} | {kind: f"{row['uar']:.1%}" for kind, row in rows.items()}
+               for rows in map(functools.partial(with_one_missing, figures=figures), figures["rows"]) if rows]
+    tables |= {"Test UAR with one modality missing": missing} if missing else {}
+    return {name: pd.DataFrame(lines).fillna("-") for name, lines in tables.items()}
+
+
+def with_one_missing(name, figures):
+    """The rows of a fused model's answers: both, audio only, text only; late fusion falls back on its parts.
+
+    Empty for models that are not fused or did not run.
+    """
+    rows, parts = figures["rows"] | figures["alone"], ROWS[name].parts
+    if len(parts) < 2 or rows[name]["status"] != "run":
+        return {}
+    names = [f"{name}_audio", f"{name}_text"] if ROWS[name].kind else parts
+    return {"both": rows[name], "audio only": rows[names[0]], "text only": rows[names[1]]}
 
 
 # %% 16. Plots
@@ -1738,7 +1770,7 @@ def plot_paths(rows, cfg):
     """The plots of a finished run, in the order of the report; those of the data first."""
     names = ["class_counts", "samples", *(["training_curves", "comparison", "reliability"] if rows else [])]
     names += ["cross_validation"] if rows and len(runs_of(cfg)) > 1 else []
-    names += [f"confusion_{row_of(name, cfg).stem}" for name in rows if rows[name]["status"] == "run"]
+    names += [f"confusion_{ROWS[name].stem}" for name in rows if rows[name]["status"] == "run"]
     return [plot_path(name, cfg) for name in names]
 
 
@@ -1788,7 +1820,7 @@ def plot_samples(clips, cfg):
 
 def plot_curves(rows, cfg):
     """Loss and accuracy by epoch of every model that was trained, the mean of all runs."""
-    names = [name for name in MODELS if rows[name]["status"] == "run"]
+    names = [name for name in MODELS if name in rows and rows[name]["status"] == "run"]
     size = (max(5, 3.2 * len(names)), 5.6)
     figure, axes = plt.subplots(2, len(names), figsize=size, layout="constrained", squeeze=False)
     for name, pair in zip(names, axes.T):
@@ -1817,7 +1849,7 @@ def plot_confusion(name, row, cfg):
         axis.tick_params(axis="x", rotation=45)
         axis.tick_params(axis="y", rotation=0)
     figure.suptitle("{title}: test accuracy {accuracy:.1%}, UAR {uar:.1%}".format(**row["test"] | row))
-    save_figure(figure, f"confusion_{row_of(name, cfg).stem}", cfg)
+    save_figure(figure, f"confusion_{ROWS[name].stem}", cfg)
 
 
 def draw_comparison(axis, rows, several):
@@ -1875,8 +1907,8 @@ def plot_cross_validation(rows, pairs, cfg):
     sns.heatmap(100 * pd.DataFrame([row["by_actor"] for row in rows.values()], titles), ax=axes[2],
                 fmt=".0f", **share)
     gaps, texts = (pd.DataFrame(fill, list(rows), list(rows)) for fill in (0.0, ""))
-    for pair in pairs:
-        star = "*" * (pair["low"] > 0 or pair["high"] < 0)
+    for pair in (pair for pair in pairs if pair["row"] in rows and pair["against"] in rows):
+        star = "*" * (pair["difference_low"] > 0 or pair["difference_high"] < 0)
         for sign, cell in ((1, (pair["row"], pair["against"])), (-1, (pair["against"], pair["row"]))):
             gaps.loc[cell] = 100 * sign * pair["difference"]
             texts.loc[cell] = f"{gaps.loc[cell]:+.1f}{star}"
@@ -1948,7 +1980,7 @@ def write_document(path, title, sections, cfg):
         document.save(temporary)
 
 
-def write_report(figures, cfg):
+def write_report(figures, study, cfg):
     """Write the report as .docx from what the other stages left; needs no model."""
     rows, several = figures["rows"], len(runs_of(cfg)) > 1
     ran = {name: row for name, row in rows.items() if row["status"] == "run"}
@@ -1961,7 +1993,7 @@ def write_report(figures, cfg):
             note=" (best row on validation)" if name == best else "", **ran[name]["test"] | ran[name])
           for name in shown), *(f"Mind: {mark}." for mark in figures["marks"])],
         "Data and split": figures["audit"],
-        **{heading: [table] for heading, table in result_tables(rows, several).items()}}
+        **{heading: [table] for heading, table in result_tables(figures, several).items()}}
     sections["Test"].insert(0, f"Text encoder of the BERT rows: {cfg.bert_model}.")
     if several:
         sections["Test UAR over folds and seeds"] += [
@@ -1972,8 +2004,11 @@ def write_report(figures, cfg):
             "Unseen actors are validation in no fold, no choice has heard them: "
             f"{figures['unseen_actors'] or 'none'}."]
         sections["Paired differences in pooled UAR, in points, with their 95 % intervals"] = [pd.DataFrame([
-            {key: rows[value]["title"] if key in ("row", "against") else f"{100 * value:+.1f}"
-             for key, value in pair.items()} for pair in figures["pairs"]])]
+            {"row": rows[pair["row"]]["title"], "against": rows[pair["against"]]["title"],
+             "difference": points(pair, "difference")}
+            for pair in figures["pairs"] if pair["row"] in rows and pair["against"] in rows])]
+    if study is not None:
+        sections["How reliable must words be before fusion helps?"] = study_section(study, cfg)
     sections["Test UAR by intensity and sex"] = [pd.DataFrame(groups)]
     for name in shown:
         by_emotion = pd.DataFrame(ran[name]["test"]["per_class"]).T.round(3).rename_axis("emotion")
@@ -1985,7 +2020,134 @@ def write_report(figures, cfg):
         "Settings": [pd.DataFrame(figures["settings"].items(), columns=["setting", "value"])]}, cfg)
 
 
-# %% 18. The demo
+# %% 18. The study: how reliable must words be before fusion helps?
+NOISES = 0.0, 0.25, 0.5, 0.75, 1.0
+STUDY = "study.csv"
+
+
+def study_settings(cfg):
+    """`cfg` itself, then in --phase study a copy for each other share of SENTENCE_NOISE, with its folder."""
+    def at(noise):
+        """The settings of one share; its folder is that of a run of its own."""
+        named = {"phase": "all", "sentence_noise": noise, "output_dir": f"{cfg.output_dir}/noise_{noise}"}
+        return SimpleNamespace(**vars(cfg) | named | {"given": sorted({*cfg.given, *named})})
+    return [cfg, *(at(noise) for noise in NOISES if cfg.phase == "study" and noise != cfg.sentence_noise)]
+
+
+def share_audio(source, target):
+    """Copy the AudioCNN of one level's runs to those of another: noise in the words does not concern it."""
+    for run, other in zip(runs_of(source), runs_of(target)):
+        for kind in FILES if out_of_date(other, "cnn") and not out_of_date(run, "cnn") else ():
+            save(file_of(other, kind, "cnn"), file_of(run, kind, "cnn").read_bytes())
+
+
+def study_table(levels):
+    """The figures of all levels of noise: a line per level, text model and row, with differences.
+
+    `minus_audio` is the pooled test UAR minus that of AudioCNN, _low and _high end its paired 95 % interval;
+    the same against the text model and against the mean of probabilities.
+    """
+    lines = []
+    for cfg in levels:
+        figures = read_back(Path(cfg.output_dir, "metrics.json"))
+        rows = {name: row for name, row in (figures["rows"] | figures["alone"]).items() if "uar" in row}
+        gaps = {(pair["row"], pair["against"]): [pair[f"difference{end}"] for end in ("", "_low", "_high")]
+                for pair in figures["pairs"]}
+        gaps |= {(second, first): (-gap, -high, -low) for (first, second), (gap, low, high) in gaps.items()}
+        for text in {"rnn", "bert"}.intersection(rows):
+            for name in rows:
+                if name == "cnn" or text in name.split("_"):
+                    row, line = rows[name], {"noise": cfg.sentence_noise, "text_model": ROWS[text].title}
+                    line |= {"row": name, "title": ROWS[name].title, "text_uar": rows[text]["uar"],
+                             "uar": row["uar"], "low": row["interval"][0], "high": row["interval"][1],
+                             "sd_folds": row["spread"]["folds"], "ece": row["test"]["ece"],
+                             "nll": row["test"]["nll"]}
+                    for key, other in (("audio", "cnn"), ("text", text), ("mean", f"late_{text}")):
+                        for end, value in zip(("", "_low", "_high"), gaps.get((name, other), [math.nan] * 3)):
+                            line[f"minus_{key}{end}"] = value
+                    lines.append(line)
+    if not lines:
+        raise UserError("--phase study compares words with sound: add rnn or bert to --run-models")
+    return pd.DataFrame(lines).sort_values(["text_model", "noise"], kind="stable", ignore_index=True)
+
+
+def read_study(rows, cfg):
+    """The table of a study whose figures are those of these rows, or None."""
+    path = Path(cfg.output_dir, STUDY)
+    table = read_back(path, pd.read_csv) if path.exists() else pd.DataFrame({"noise": [], "row": []})
+    mine = table[(table["noise"] == cfg.sentence_noise) & table["row"].isin(rows)]
+    same = len(mine) and np.allclose(mine["uar"], [rows[row]["uar"] for row in mine["row"]], atol=1e-5)
+    return table if same else None
+
+
+def points(line, key):
+    """A difference of a study or of a pair in points, with its interval: +1.2 (-0.3 to +2.7)."""
+    gap, low, high = (f"{round(100 * line[key + end], 1) + 0.0:+.1f}" for end in ("", "_low", "_high"))
+    return f"{gap} ({low} to {high})"
+
+
+def study_findings(table):
+    """What the study found, as sentences, for each text model."""
+    sentences = []
+    for model, part in table.groupby("text_model"):
+        sound, name = part.loc[part["row"] == "cnn", "uar"].mean(), part["row"].str.split("_")
+        fused, alone = (part[name.str[0].isin(FUSIONS) & (name.str.len() == size)] for size in (2, 3))
+        rival = np.where(fused["text_uar"] > sound, "minus_text", "minus_audio")  # the better single modality
+        fused = fused.assign(rival=rival, gain=np.where(fused["text_uar"] > sound, fused["minus_text"],
+                                                        fused["minus_audio"]))
+        best, useless = fused.loc[fused["gain"].idxmax()], fused[fused["noise"] == fused["noise"].max()]
+        helps = fused[fused["minus_audio_low"] > 0].groupby("title", sort=False)["text_uar"].min()
+        floor = fused.groupby("title")["gain"].min().sort_values(ascending=False)
+        alone = alone[alone["noise"] == alone["noise"].min()]
+        sentences += [f"{model}: {sentence}." for sentence in (
+            f"fusion gains most where words alone reach {best['text_uar']:.1%} UAR, sound alone {sound:.1%}. "
+            f"{best['title']} reaches {best['uar']:.1%} there, {points(best, best['rival'])} points from the "
+            "better of the two",
+            "fusion beats sound alone, its interval above 0, " + (
+                "from words of this UAR on: " + ", ".join(f"{key} {uar:.1%}" for key, uar in helps.items())
+                if len(helps) else "at no level of noise"),
+            f"with the most noise words alone reach {useless['text_uar'].iloc[0]:.1%} (chance 12.5 %). What "
+            "fusion then changes against sound alone, in points: " + ", ".join(
+                f"{line['title']} {points(line, 'minus_audio')}" for _, line in useless.iterrows()),
+            f"the safest fusion is {floor.index[0]}. Points from the better of sound and words where that is "
+            "worst: " + ", ".join(f"{key} {100 * gain:+.1f}" for key, gain in floor.items()),
+            "with one modality missing, points from the model that never had it: " + ", ".join(
+                f"{line['title']} {points(line, 'minus_' + line['row'].split('_')[-1])}"
+                for _, line in alone.iterrows()))]
+    return sentences
+
+
+def plot_study(table, cfg):
+    """UAR of each row against that of its words alone, a panel per text model; bands: SD over folds."""
+    models = table["text_model"].unique()
+    figure, axes = plt.subplots(1, len(models), figsize=(6.5 * len(models), 5.5), layout="constrained",
+                                sharey=True, squeeze=False)
+    for axis, model in zip(axes[0], models):
+        part = table[(table["text_model"] == model) & ~table["row"].str.endswith(("_audio", "_text"))]
+        for title, line in part.groupby("title", sort=False):
+            line = line.sort_values("text_uar")
+            x, y, spread = (100 * line[key] for key in ("text_uar", "uar", "sd_folds"))
+            axis.plot(x, y, "o-", markersize=3, label=title)
+            axis.fill_between(x, y - spread, y + spread, alpha=0.08)
+        axis.axhline(100 / len(EMOTIONS), color="firebrick", linestyle="--", linewidth=1, label="chance")
+        axis.set(title=model, xlabel=f"test UAR of {model} alone in %, by noise in sentences", ylim=(0, 101))
+        axis.legend(fontsize=8, loc="lower right")
+    axes[0, 0].set_ylabel("test UAR in %; band: standard deviation over folds")
+    save_figure(figure, "study", cfg)
+
+
+def study_section(table, cfg):
+    """The part of the report on the study: findings, plot, table."""
+    lines = [{"noise": line["noise"], "words alone": f"{line['text_uar']:.1%}", "row": line["title"],
+              "UAR": f"{line['uar']:.1%}", "ECE": f"{line['ece']:.3f}",
+              **{f"minus {key}": points(line, f"minus_{key}") for key in ("audio", "text", "mean")
+                 if not math.isnan(line[f"minus_{key}"])}} for line in table.to_dict("records")]
+    return [*study_findings(table), "Differences are of pooled test UAR, intervals at 95 %, paired: actors "
+            "and sentences are drawn with replacement, the same for both rows.",
+            plot_path("study", cfg), pd.DataFrame(lines).fillna("-")]
+
+
+# %% 19. The demo
 DEMO_VOICES = {  # pitch and its range in semitones, syllables a second, level in dB, roughness, brightness
     "neutral": (0, 1, 4.0, -6, 0.00, 1.0), "calm": (-3, 1, 2.8, -12, 0.00, 0.6),
     "happy": (5, 6, 5.0, -2, 0.02, 1.6), "sad": (-2, 2, 2.6, -14, 0.05, 0.5),
@@ -2049,7 +2211,7 @@ def write_demo_encoder(folder):
     transformers.DistilBertModel(config).save_pretrained(folder)
 
 
-# %% 19. The phases and main
+# %% 20. The phases and main
 def reuse(title, key, files, cfg, make):
     """Make files unless they are there, made under the same key; a notebook sees its figures every time."""
     path = Path(cfg.output_dir, "cache", f"{title.replace(' ', '_')}.key")
@@ -2088,25 +2250,24 @@ def describe_data(runs, tables, audit, cfg):
 
 def models_to_run(cfg):
     """The short names that this phase may train, in order; --phase fusion leaves out what no fusion needs."""
-    asked = names_in(cfg.run_models)
+    asked = models_asked(cfg)
     needed = {part for name in asked for part in MODELS[name].parts}
     phases = {"unimodal": lambda name: not MODELS[name].parts,
               "fusion": lambda name: MODELS[name].parts or name in needed}
-    return [name for name in MODELS if name in asked and phases.get(cfg.phase, bool)(name)]
+    return list(filter(phases.get(cfg.phase, bool), asked))
 
 
 def check_needs(runs, names, cfg):
     """Find now what would stop the run after an hour: packages, encoder, disk. Raises UserError."""
     load_torchaudio()
     todo = {(run.output_dir, name) for run in runs for name in names if out_of_date(run, name)}
-    if any(name == "bert" for _, name in todo):
-        load_text_encoder(cfg.bert_model)
+    encoders = sum("bert" in name for _, name in todo)  # that checkpoints are to hold
+    size = sum(p.numel() for p in load_text_encoder(cfg.bert_model)[2].parameters()) if encoders else 0
     if importlib.util.find_spec("docx") is None:
         print(f"The .docx will be left out: {docx_advice}")
     folder = Path(cfg.output_dir)
     save(folder / "cache" / "writable.key", b"")
-    large = 0 if cfg.demo else sum("bert" in name for _, name in todo)  # checkpoints of 0.3 GB
-    free, need = shutil.disk_usage(folder).free / 1e9, 0.3 + 0.3 * large
+    free, need = shutil.disk_usage(folder).free / 1e9, 0.3 + 5e-9 * size * encoders  # floats of 4 bytes
     if free < need:
         raise UserError(f"{folder} has {free:.1f} GB left of {need:.1f} needed: name another --output-dir")
 
@@ -2127,7 +2288,7 @@ def plan_training(clips, names, cfg, device, following=0):
     for name in names:
         for part in MODELS[name].parts:
             if part not in names and reasons[part]:
-                raise UserError(f"{row_of(name, cfg).title} needs {file_of(cfg, 'checkpoint', part)} "
+                raise UserError(f"{ROWS[name].title} needs {file_of(cfg, 'checkpoint', part)} "
                                 f"({reasons[part]}): add {part} to --run-models")
     todo, seconds = [name for name in names if reasons[name]], {}
     precision, total = str(training_precision(device)).removeprefix("torch."), 0.0
@@ -2138,14 +2299,14 @@ def plan_training(clips, names, cfg, device, following=0):
             old = read_checkpoint(file_of(cfg, "checkpoint", name))
         before = f"{old['epochs']} epochs, validation UAR {old['scores']['uar']:.1%}" if old else ""
         if name not in todo:
-            print(f"  {row_of(name, cfg).title:24} reused ({before})")
+            print(f"  {ROWS[name].title:24} reused ({before})")
             continue
         for part in MODELS[name].parts or [name]:
             seconds[part] = seconds.get(part) or epoch_seconds(part, clips, cfg, device, part not in todo)
         share = 0.4 if MODELS[name].parts else 1.0  # a head needs no backward pass of its parts
         minutes = epochs * share * sum(seconds[part] for part in MODELS[name].parts or [name]) / 60
         total += minutes
-        print(f"  {row_of(name, cfg).title:24} {epochs} epochs, about {minutes:.1f} min ({reasons[name]})"
+        print(f"  {ROWS[name].title:24} {epochs} epochs, about {minutes:.1f} min ({reasons[name]})"
               + (f"; replaces {before}, kept as *.previous.pth" if old else ""))
     print(f"  about {total:.0f} min of training in all"
           + f", and {following} more runs after this one" * bool(following), flush=True)
@@ -2180,9 +2341,13 @@ def report_phase(cfg):
         if name in rows:
             read_checkpoint(file_of(run, "checkpoint", name))
 
+    study = read_study(rows, cfg)
+
     def make():
         """Draw and write everything anew."""
         several = len(runs_of(cfg)) > 1
+        if study is not None:
+            plot_study(study, cfg)
         plot_curves(figures["rows"], cfg)
         plot_comparison(rows, several, cfg)
         plot_reliability(rows, cfg)
@@ -2191,10 +2356,26 @@ def report_phase(cfg):
         for name, row in rows.items():
             plot_confusion(name, row, cfg)
         if with_docx:
-            write_report(figures, cfg)
-    key = digest(figures["rows"], saved, with_docx)
+            write_report(figures, study, cfg)
+    key = digest(figures["rows"], saved, with_docx, "" if study is None else study.to_csv())
     reuse("report", key, plot_paths(rows, cfg) + [document] * with_docx, cfg, make)
     print(f"Report: {document}" if with_docx else f"{document} is left out: {docx_advice}")
+
+
+def experiment(clips, audit, names, cfg, device):
+    """Train and score all runs that the settings ask for; `clips` have features. --phase data ends early."""
+    runs, reasons = runs_of(cfg), []
+    tables = [data_phase(clips, run, device) for run in runs]  # first: a fold that cannot be ends it
+    sentences = describe_data(runs, tables, audit, cfg)
+    if cfg.phase == "data":
+        return
+    for number, (run, table) in enumerate(zip(runs, tables), 1):
+        if len(runs) > 1:
+            print(f"\n=== Run {number} of {len(runs)}: fold {run.folds}, seed {run.seed}")
+        for name in plan_training(table, names, run, device, len(runs) - number):
+            train_model(name, table, run, device)
+        reasons.append(combine(table, run, device))
+    evaluate(runs, tables, reasons, sentences, cfg)
 
 
 def main(argv=None):
@@ -2206,7 +2387,7 @@ def main(argv=None):
             sys.stdout.reconfigure(errors="replace")  # consoles that know few letters
     if cfg.phase == "report":
         return report_phase(cfg)
-    device, names, runs = pick_device(cfg), models_to_run(cfg), runs_of(cfg)
+    device, names = pick_device(cfg), models_to_run(cfg)
     if not names:
         raise UserError(f"--run-models {cfg.run_models} leaves --phase {cfg.phase} nothing to do")
     if cfg.demo:
@@ -2216,28 +2397,21 @@ def main(argv=None):
         write_demo_corpus(cfg.ravdess_path)
         if "bert_model" not in cfg.given and "bert" in names:
             write_demo_encoder(cfg.bert_model)
-    corpus = find_corpus(cfg)
+    corpus, levels = find_corpus(cfg), study_settings(cfg)
     if cfg.phase != "data":
-        check_needs(runs, names, cfg)
+        check_needs([run for level in levels for run in runs_of(level)], names, cfg)
     clips, audit = index_clips(corpus)
     clips = add_features(clips, audit, cfg)
-    tables = [data_phase(clips, run, device) for run in runs]  # first: a fold that cannot be ends it
-    sentences, reasons = describe_data(runs, tables, audit, cfg), []
-    if cfg.phase == "data":
-        return None
-    for number, (run, table) in enumerate(zip(runs, tables), 1):
-        if len(runs) > 1:
-            print(f"\n=== Run {number} of {len(runs)}: fold {run.folds}, seed {run.seed}")
-        for name in plan_training(table, names, run, device, len(runs) - number):
-            train_model(name, table, run, device)
-        reasons.append(combine(table, run, device))
-    evaluate(runs, tables, reasons, sentences, cfg)
-    if cfg.phase == "all":
+    for level in levels:
+        share_audio(cfg, level)
+        experiment(clips, audit, names, level, device)
+    if cfg.phase == "study":
+        save_table(Path(cfg.output_dir, STUDY), study_table(levels), cfg)
+    if cfg.phase in ("all", "study"):
         report_phase(cfg)
-    return None
 
 
-# %% 20. Run
+# %% 21. Run
 if __name__ == "__main__":
     try:
         main()

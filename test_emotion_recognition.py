@@ -45,10 +45,12 @@ import emotion_recognition as er
 SCRIPT, START = Path(er.__file__), Path.cwd()
 REAL = os.environ.get("RAVDESS_PATH", "")
 TINY = "--device cpu --epochs-cnn 1 --epochs-rnn 1 --epochs-bert 1 --epochs-fusion 1".split()
-DEMO = ["--demo", *TINY]
+DEMO = ["--demo", *TINY, "--fusion", "both"]
 CORPUS, ENCODER, OUTPUT = Path("archive/demo/corpus"), Path("archive/demo/distilbert"), Path("outputs/demo")
 SIX_ACTORS = functools.partial(er.write_demo_corpus, actors=range(1, 7))
-STEMS = {name: row.stem for name, row in er.ROWS.items() if "views" not in name and "ensemble" not in name}
+ALONE = [name for name in er.ROWS if name.endswith(("_audio", "_text"))]
+STEMS = {name: row.stem for name, row in er.ROWS.items()
+         if "views" not in name and "ensemble" not in name and name not in ALONE}
 READS_TEXT = [name for name in er.MODELS if name != "cnn"]
 RATE = 16000
 
@@ -630,12 +632,10 @@ def test_any_transcript_has_an_answer(name, text, demo):
     assert model(batch_of(model, clips[:2].assign(transcript=text), cfg)).isfinite().all()
 
 
-@pytest.fixture(params=itertools.product(["fusion_rnn", "fusion_bert"], er.CHOICES["fusion"]),
-                ids="-".join)
+@pytest.fixture(params=[name for name, row in er.MODELS.items() if row.parts])
 def fusion(request, demo):
     """(a new model of early fusion with a head that is not at its start, a batch of clips)."""
-    name, kind = request.param
-    cfg, clips = SimpleNamespace(**vars(demo[0]) | {"fusion": kind}), demo[1][:16]
+    name, cfg, clips = request.param, demo[0], demo[1][:16]
     model, training = er.build_model(name, demo[1], cfg, "cpu").train(), er.settings_for(cfg, name)
     batch, trainer = batch_of(model, clips, cfg), er.Trainer(model, training, 40, "cpu")
     losses = [trainer.step(dict(batch))[0] for _ in range(40)]
@@ -672,17 +672,17 @@ def test_attention_reads_the_other_modality_step_by_step_and_nothing_masked():
     assert torch.allclose(found, cross(steps, others.masked_fill(~mask[..., None], 9.0), mask))
 
 
-def test_both_kinds_of_early_fusion_may_lie_in_one_folder(copied, trained):
-    er.main([*DEMO, "--fusion", "attention", "--phase", "fusion", "--run-models", "fusion_rnn"])
-    assert trained == ["fusion_rnn"] and (OUTPUT / "EarlyFusion_RNN_best.pth").exists()
-    rows = read_json(OUTPUT / "metrics.json")["rows"]
-    assert rows["fusion_rnn"]["title"] == "Attention fusion, RNN (oracle text)"
-    assert er.restore_model(OUTPUT / "AttentionFusion_RNN_best.pth").spec["fusion"] == "attention"
-    er.main([*DEMO, "--phase", "fusion"])
-    assert trained == ["fusion_rnn"]
+@pytest.mark.parametrize("kind, expected", [("concat", ["fusion_rnn"]), ("attention", ["attention_rnn"]),
+                                            ("both", ["fusion_rnn", "attention_rnn"])])
+def test_fusion_decides_what_is_trained_and_which_rows_are_shown(kind, expected):
+    cfg = er.parse_settings(["--fusion", kind, "--run-models", "cnn,fusion_rnn"])
+    assert er.models_to_run(cfg) == ["cnn", *expected]
+    assert [name for name in er.rows_of(cfg) if name in er.MODELS and "_rnn" in name] == expected
+    for name in expected:
+        assert {f"{name}_audio", f"{name}_text"} <= set(er.rows_of(cfg))
 
 
-@pytest.mark.parametrize("name", ["fusion_rnn", "fusion_bert"])
+@pytest.mark.parametrize("name", [name for name, row in er.MODELS.items() if row.parts])
 def test_early_fusion_leaves_its_parts_as_they_were_trained(name, demo):
     def weights(of):
         return torch.load(er.file_of(demo[0], "checkpoint", of), weights_only=True)["weights"]
@@ -722,9 +722,9 @@ def test_a_run_leaves_everything_that_it_should(finished):
     assert min((finished / OUTPUT / name).stat().st_size for name in LEFT) > 50
 
 
-def test_metrics_hold_nine_rows_that_agree_with_the_predictions(finished):
+def test_metrics_hold_rows_that_agree_with_the_predictions(finished):
     rows = read_json(finished / OUTPUT / "metrics.json")["rows"]
-    assert list(rows) == list(STEMS) and len(rows) == 9
+    assert list(rows) == list(STEMS) and len(rows) == 11
     for name, row in rows.items():
         table = pd.read_csv(finished / OUTPUT / f"predictions/{STEMS[name]}.csv")
         assert row["status"] == "run" and ("oracle" in row["title"]) == (name != "cnn")
