@@ -763,11 +763,11 @@ def test_report_has_its_tables_pictures_and_marks(finished):
     for column in ("train acc", "val acc", "macro-F1"):
         holders = [table for table in document.tables
                    if column in [cell.text for cell in table.rows[0].cells]]
-        assert [len(table.rows) for table in holders] == [10], column
-    assert len(document.inline_shapes) == 14
+        assert [len(table.rows) for table in holders] == [12], column
+    assert len(document.inline_shapes) == 5 + len(STEMS)
     text = "\n".join(paragraph.text for paragraph in document.paragraphs)
     for words in ("synthetic", "simulated sentences (oracle)", "python emotion_recognition.py --demo",
-                  "actors 3 4 5", "CC BY-NC-SA", "judging people"):
+                  "actors 3 4 5", "CC BY-NC-SA", "judging people", "one modality missing"):
         assert words in text, words
     assert "synthetic" in document.sections[0].header.paragraphs[0].text
 
@@ -789,21 +789,91 @@ def test_the_command_that_is_written_down_gives_the_same_settings(finished):
 def test_the_same_command_again_trains_nothing(copied, trained):
     before = checkpoint_times()
     er.main(DEMO)
-    assert trained == [] and checkpoint_times() == before and len(before) == 5
+    assert trained == [] and checkpoint_times() == before and len(before) == 7
 
 
 def test_new_epochs_retrain_the_model_and_what_hangs_on_it(copied, trained):
     before, command = checkpoint_times(), [*DEMO, "--phase", "fusion", "--epochs-cnn", "2"]
     er.main(command)
     after = checkpoint_times()
-    assert trained == ["cnn", "fusion_rnn", "fusion_bert"]
+    assert trained == [name for name in er.MODELS if name not in ("rnn", "bert")]
     kept = {name for name in before if after[name] == before[name]}
     assert kept == {"TextRNN_best.pth", "TextBERT_best.pth"}
     for name in trained:
         assert after[f"{STEMS[name]}_best.previous.pth"] == before[f"{STEMS[name]}_best.pth"]
-    assert len(after) == 8 and len(pd.read_csv(OUTPUT / "histories/AudioCNN.csv")) == 2
+    assert len(after) == 12 and len(pd.read_csv(OUTPUT / "histories/AudioCNN.csv")) == 2
     er.main(command)
-    assert len(trained) == 3 and checkpoint_times() == after
+    assert len(trained) == 5 and checkpoint_times() == after
+
+
+@pytest.mark.parametrize("name", [name for name in ALONE if "rnn" in name])
+def test_an_answer_with_one_modality_does_not_know_the_other(name, demo):
+    cfg, clips = demo
+    changed = (clips.assign(transcript="What a day.") if name.endswith("_audio") else
+               clips.assign(mel=[np.zeros_like(mel) for mel in clips["mel"]]))
+    answers = er.answer_anew(name, clips, cfg, "cpu")
+    pd.testing.assert_frame_equal(answers, er.answer_anew(name, changed, cfg, "cpu"))
+    saved = pd.read_csv(er.file_of(cfg, "predictions", name)).set_index("clip").loc[answers["clip"]]
+    assert np.allclose(saved[er.EMOTIONS], answers[er.EMOTIONS], atol=1e-5)
+
+
+def test_the_table_of_missing_modalities_has_every_fused_row(finished):
+    figures = read_json(finished / OUTPUT / "metrics.json")
+    table = er.result_tables(figures, False)["Test UAR with one modality missing"].set_index("model")
+    assert len(table) == 8 and set(figures["alone"]) == set(ALONE)
+    uars = {name: f"{row['uar']:.1%}" for name, row in (figures["rows"] | figures["alone"]).items()}
+    for name, audio, text in (("learned_rnn", "cnn", "rnn"),
+                              ("attention_bert", "attention_bert_audio", "attention_bert_text")):
+        expected = [uars[name], uars[audio], uars[text]]
+        assert list(table.loc[figures["rows"][name]["title"]]) == expected
+
+
+# %% The study
+STUDY = [*DEMO, "--phase", "study", "--run-models", "cnn,rnn,fusion_rnn"]
+
+
+def test_the_study_trains_the_words_anew_at_every_noise_and_resumes(copied, trained, monkeypatch):
+    monkeypatch.setattr(er, "NOISES", (0.0, 1.0))
+    er.main(STUDY)
+    assert trained == ["rnn", "fusion_rnn", "attention_rnn"]
+    sound = [(OUTPUT / folder / "AudioCNN_best.pth").read_bytes() for folder in ("", "noise_1.0")]
+    assert sound[0] == sound[1] and "noise 1.0" in str(read_json(OUTPUT / "noise_1.0/metrics.json")["marks"])
+    table = pd.read_csv(OUTPUT / "study.csv")
+    assert dict(table.groupby(["noise", "text_model"]).size()) == {
+        (0.0, "TextBERT"): 10, (0.0, "TextRNN"): 10, (1.0, "TextRNN"): 10}
+    er.main(STUDY)
+    assert len(trained) == 3
+    import docx
+    text = "\n".join(part.text for part in docx.Document(DOCUMENT).paragraphs)
+    assert "How reliable must words be" in text and (OUTPUT / "plots/study.png").stat().st_size > 5000
+    er.main([*DEMO, "--phase", "fusion", "--epochs-rnn", "2"])  # figures that the study does not know
+    er.main(["--demo", "--phase", "report"])
+    text = "\n".join(part.text for part in docx.Document(DOCUMENT).paragraphs)
+    assert "How reliable must words be" not in text
+
+
+def study_of(noise, text_uar, **uars):
+    """Lines of a study with TextRNN, sound at 60 %, every interval 4 points wide."""
+    rows = {"cnn": 0.6, "rnn": text_uar} | uars
+    return [{"noise": noise, "text_model": "TextRNN", "row": row, "title": er.ROWS[row].title, "uar": uar,
+             "text_uar": text_uar, **{f"minus_{key}{end}": uar - other + shift
+                                      for key, other in (("audio", 0.6), ("text", text_uar))
+                                      for end, shift in (("", 0), ("_low", -0.02), ("_high", 0.02))}}
+            for row, uar in rows.items()]
+
+
+def test_the_findings_say_where_fusion_gains_from_where_on_and_what_is_safe():
+    table = pd.DataFrame([
+        *study_of(0.0, 0.9, late_rnn=0.91, learned_rnn=0.92, fusion_rnn_audio=0.59, fusion_rnn_text=0.89),
+        *study_of(0.5, 0.5, late_rnn=0.63, learned_rnn=0.7),
+        *study_of(1.0, 0.125, late_rnn=0.5, learned_rnn=0.6)])
+    most, start, useless, safest, alone = er.study_findings(table)
+    assert "words alone reach 50.0% UAR, sound alone 60.0%. Learned late fusion, RNN reaches 70.0%" in most
+    assert "+10.0 (+8.0 to +12.0)" in most and "Late fusion, RNN 50.0%" in start
+    assert "12.5%" in useless and "Late fusion, RNN -10.0 (-12.0 to -8.0)" in useless
+    assert "safest fusion is Learned late fusion, RNN" in safest
+    assert "worst: Learned late fusion, RNN +0.0, Late fusion, RNN -10.0" in safest
+    assert "audio only -1.0 (-3.0 to +1.0)" in alone and "text only -1.0" in alone
 
 
 def test_report_needs_neither_corpus_nor_model(copied, monkeypatch):
@@ -1176,7 +1246,8 @@ def test_cross_validation_pools_all_runs_and_resumes(finished, trained, capsys, 
     assert 2 * rows["cnn_ensemble"]["test"]["clips"] == rows["cnn"]["test"]["clips"] == len(right)
     low, high = rows["cnn"]["interval"]
     assert low <= rows["cnn"]["test"]["uar"] <= high and set(rows["cnn"]["by_fold"]) == {"0", "1"}
-    assert len(figures["pairs"]) == 21 and all(pair["low"] <= pair["high"] for pair in figures["pairs"])
+    assert len(figures["pairs"]) == 21 and all(
+        pair["difference_low"] <= pair["difference_high"] for pair in figures["pairs"])
     assert "AudioCNN, ensemble, views" in capsys.readouterr().out
     er.main(command)
     assert len(trained) == 8
