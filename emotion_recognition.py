@@ -370,7 +370,7 @@ def index_clips(folder):
                           "repetition": repetition, "sex": "male" if actor % 2 else "female"})
     if not found:
         raise UserError(f"{folder} holds no RAVDESS speech clip that can be used: see --ravdess-path")
-    clips = pd.DataFrame(found)
+    clips = pd.DataFrame(found).astype({"emotion": pd.CategoricalDtype(EMOTIONS)})
     clips["digest"], reasons = zip(*in_parallel(inspect_file, clips["path"], "Reading"))
     audit["left_out"].update((path, reason) for path, reason in zip(clips["path"], reasons) if reason)
     clips = clips[[not reason for reason in reasons]]
@@ -379,6 +379,14 @@ def index_clips(folder):
     twin = clips.duplicated("clip")  # now, so that a cut-off first copy does not hide a good second one
     clips = clips[~twin].sort_values("clip", ignore_index=True)
     return clips, audit | {"files": dict(counts), "twins": int(twin.sum())}
+
+
+def classes_of(table):
+    """The emotions in the order of their labels: of clips, or the columns of a predictions table."""
+    if "emotion" in table:
+        return list(table["emotion"].cat.categories)
+    columns = list(table)
+    return columns[columns.index("true") + 1:columns.index("predicted")]
 
 
 def inspect_file(path):
@@ -400,14 +408,14 @@ def describe_audit(clips, audit):
     expected = {f"03-01-{e:02}-{i:02}-{s:02}-{r:02}-{a:02}" for a in range(1, 25) for e in range(1, 9)
                 for i in (1, 2) for s in (1, 2) for r in (1, 2) if (e, i) != (1, 2)}
     files, missing = Counter(audit["files"]), sorted(expected - set(clips["clip"]))
-    per_emotion, per_actor = (Counter(clips[column]) for column in ("emotion", "actor"))
+    per_emotion, per_actor = clips["emotion"].value_counts(sort=False), Counter(clips["actor"])
     same = clips[clips.duplicated("digest", keep=False)].groupby("digest")["clip"]
     return [
         f"{files.total()} audio and video files in {audit['folder']}: {len(clips)} speech clips of "
         f"{len(per_actor)} actors are used; passed over: {audit['twins']} second copies, {files['song']} "
         f"song, {files['video']} video, {files['other']} other files, "
         f"{len(audit['left_out'])} unusable clips.",
-        "Clips per emotion: " + ", ".join(f"{emotion} {per_emotion[emotion]}" for emotion in EMOTIONS) + ".",
+        "Clips per emotion: " + ", ".join(f"{emotion} {n}" for emotion, n in per_emotion.items()) + ".",
         "Clips per actor: " + ", ".join(f"{actor}: {n}" for actor, n in sorted(per_actor.items())) + ".",
         f"Missing from the 24 x 60 clips of RAVDESS: {len(missing)}"
         + (f", the first {missing[0]}." if missing else "."),
@@ -449,7 +457,7 @@ def split_clips(clips, cfg):
             raise UserError(f"too few clips under --ravdess-path for --split random ({error})") from error
     names = np.select([clips[key].isin(test), clips[key].isin(validation)], ["test", "validation"], "train")
     clips = clips.assign(split=names)
-    for emotion, split in itertools.product(EMOTIONS, SPLITS):
+    for emotion, split in itertools.product(classes_of(clips), SPLITS):
         if not ((clips["emotion"] == emotion) & (clips["split"] == split)).any():
             raise UserError(f"no {emotion} clip is left for {split} among those like {clips['path'][0]}: "
                             "complete the folder of --ravdess-path or choose other --folds")
@@ -638,7 +646,7 @@ def deal_emotions(clips, cfg):
 
     Exactly round(SENTENCE_NOISE * clips) of each split change places, so that at 1 words say nothing.
     """
-    emotions, rng = clips["emotion"].to_numpy(copy=True), np.random.default_rng(cfg.seed)
+    emotions, rng = clips["emotion"].to_numpy(dtype=object, copy=True), np.random.default_rng(cfg.seed)
     for split in SPLITS:
         rows = np.flatnonzero(clips["split"] == split)
         chosen = rng.permutation(rows)[:round(cfg.sentence_noise * len(rows))]
@@ -680,7 +688,8 @@ def word_error_rate(clips):
 
 def describe_transcripts(clips):
     """How well Whisper heard the two statements, overall, by emotion and by intensity, as sentences."""
-    groups = [("", clips), *((f"{emotion} ", clips[clips["emotion"] == emotion]) for emotion in EMOTIONS),
+    emotions = ((f"{emotion} ", clips[clips["emotion"] == emotion]) for emotion in classes_of(clips))
+    groups = [("", clips), *emotions,
               ("normal intensity ", clips[clips["intensity"] == 1]),
               ("strong intensity ", clips[clips["intensity"] == 2])]
     rates = ", ".join(f"{name}{word_error_rate(part):.1%}" for name, part in groups if len(part))
@@ -874,7 +883,8 @@ class ClipDataset(Dataset):
     def __init__(self, clips, model, cfg, device, augment=False, inputs=None):
         inputs = inputs or model.inputs
         self.model, self.device, self.augment, self.view = model, device, augment, VIEWS[0]
-        self.labels = torch.tensor([EMOTIONS.index(emotion) for emotion in clips["emotion"]])
+        self.labels = torch.tensor(clips["emotion"].cat.codes.to_numpy(np.int64))
+        self.classes = len(classes_of(clips))
         self.lengths = torch.tensor([len(mel) for mel in clips["mel"]])  # in frames
         self.firsts = self.lengths.cumsum(0) - self.lengths
         heard = list(clips["mel"]) if "mel" in inputs else []
@@ -897,7 +907,8 @@ class ClipDataset(Dataset):
         batch = {key: tensor.to(self.device) for key, tensor in batch.items()}
         if self.mels is not None:
             batch["mel"] = self.windows(rows)
-        return mix(batch, self.mixup) if self.augment and self.mixup and not self.words else batch
+        mixed = self.augment and self.mixup and not self.words
+        return mix(batch, self.classes, self.mixup) if mixed else batch
 
     def windows(self, rows):
         """Log-mel windows (B, 1, M, T) of clips, as `augment` and `view` say."""
@@ -966,11 +977,11 @@ def disturb(mel):
     return mel
 
 
-def mix(batch, strength):
+def mix(batch, classes, strength):
     """Mixup (Zhang et al. 2018): every clip gets a random partner, one Beta-distributed weight a batch."""
     weight = float(torch.distributions.Beta(strength, strength).sample())
     order = torch.randperm(len(batch["label"]), device=batch["label"].device)
-    batch["label"] = F.one_hot(batch["label"], len(EMOTIONS)).float()  # (B,) -> (B, C)
+    batch["label"] = F.one_hot(batch["label"], classes).float()  # (B,) -> (B, C)
     return {key: weight * value + (1 - weight) * value[order] for key, value in batch.items()}
 
 
@@ -1259,8 +1270,8 @@ def training_precision(device):
 def build_model(name, clips, cfg, device):
     """A model ready for training: seeded, with its vocabulary, pretrained encoder or trained parts."""
     torch.manual_seed(cfg.seed)
-    row, spec = MODELS[name], {"classes": len(EMOTIONS), "dropout": settings_for(cfg, name)["dropout"]}
-    weights = {}
+    row, dropout, weights = MODELS[name], settings_for(cfg, name)["dropout"], {}
+    spec = {"classes": len(classes_of(clips)), "dropout": dropout}
     if name == "bert":
         config, tokenizer, pretrained = load_text_encoder(cfg.bert_model)
         spec |= {"config": config, "tokenizer": tokenizer, "max_tokens": cfg.max_tokens}
@@ -1383,32 +1394,37 @@ def calibration_error_if_perfect(probabilities, clips, draws=200):
     return float(np.mean([calibration_error(probabilities, drawn) for drawn in labels]))
 
 
-def score(probabilities, true):
+def score(probabilities, true, classes):
     """Every figure of every table from probabilities (N, C) and label indices (N,), as a dict of builtins."""
     probabilities = np.clip(probabilities, 1e-7, 1)
     probabilities = probabilities / probabilities.sum(axis=1, keepdims=True)
-    found, labels = probabilities.argmax(axis=1), list(range(len(EMOTIONS)))
+    found, labels = probabilities.argmax(axis=1), list(range(len(classes)))
     options = {"labels": labels, "zero_division": 0}
-    report = metrics.classification_report(true, found, target_names=EMOTIONS, output_dict=True, **options)
+    report = metrics.classification_report(true, found, target_names=classes, output_dict=True, **options)
     return {
         "clips": len(true), "accuracy": float((found == true).mean()), "uar": recall(true, found),
         "macro_f1": float(report["macro avg"]["f1-score"]),
         "nll": float(metrics.log_loss(true, probabilities, labels=labels)),
         "ece": calibration_error(probabilities, np.asarray(true)),
         "reliability": reliability(probabilities, np.asarray(true)).tolist(),
-        "per_class": {e: {key: float(value) for key, value in report[e].items()} for e in EMOTIONS},
+        "per_class": {e: {key: float(value) for key, value in report[e].items()} for e in classes},
         "confusion": metrics.confusion_matrix(true, found, labels=labels).tolist(),
     }
 
 
 def labels_of(table):
     """The true label indices (N,) of a predictions table."""
-    return table["true"].map(EMOTIONS.index).to_numpy()
+    return table["true"].map(classes_of(table).index).to_numpy()
 
 
 def score_table(table):
     """The figures of a predictions table."""
-    return score(table[EMOTIONS].to_numpy(), labels_of(table))
+    return score(probabilities_of(table), labels_of(table), classes_of(table))
+
+
+def probabilities_of(table):
+    """The probabilities (N, C) of a predictions table."""
+    return table[classes_of(table)].to_numpy()
 
 
 def read_checkpoint(path):
@@ -1489,30 +1505,32 @@ def train_model(name, clips, cfg, device):
     temperature = fit_temperature(logits["validation"], fixed["validation"].labels)
     probabilities = {split: (values / temperature).softmax(dim=1).numpy() for split, values in logits.items()}
     table = pd.concat([predictions_table(parts[split], probabilities[split]) for split in SPLITS])
+    classes = classes_of(clips)
     if path.exists():  # first, so that no checkpoint ever stands beside the files of another
         path.replace(path.with_suffix(".previous.pth"))
     for kind, content in (("history", history), ("predictions", table)):
         save_table(file_of(cfg, kind, name), content, cfg)
     with replacing(path) as temporary:
         torch.save({
-            "model": name, "spec": model.spec, "weights": model.state_dict(), "classes": EMOTIONS,
+            "model": name, "spec": model.spec, "weights": model.state_dict(), "classes": classes,
             "temperature": temperature, "features": {key: getattr(cfg, key) for key in FEATURES},
             "config": settings_of(cfg), "versions": versions(), "fingerprint": fingerprint(cfg, name, clips),
-            "scores": score(probabilities["validation"], fixed["validation"].labels.numpy()),
+            "scores": score(probabilities["validation"], fixed["validation"].labels.numpy(), classes),
             "epochs": settings["epochs"], "marks": marks(cfg)}, temporary)
 
 
 def predictions_table(clips, probabilities):
-    """A row per clip: its split, actor, true and predicted emotion, and a probability per emotion."""
+    """A row per clip: its split, actor, true emotion, a probability per emotion, the strongest of them."""
     table = clips[["split", "clip", "actor", "emotion"]].rename(columns={"emotion": "true"})
-    return with_probabilities(table, probabilities)
+    columns = pd.DataFrame(probabilities, table.index, classes_of(clips))
+    return table.astype({"true": object}).join(columns).assign(predicted=columns.idxmax(axis=1))
 
 
 def with_probabilities(table, probabilities):
     """A predictions table with other probabilities (N, C), and the strongest emotion by them."""
     table = table.copy()
-    table[EMOTIONS] = probabilities
-    return table.assign(predicted=table[EMOTIONS].idxmax(axis=1))
+    table[classes_of(table)] = probabilities
+    return table.assign(predicted=table[classes_of(table)].idxmax(axis=1))
 
 
 def settings_of(cfg):
@@ -1541,7 +1559,7 @@ def reads_oracle(name, cfg):
 
 def pool(tables):
     """The mean log-probability of tables of the same clips, with a temperature fitted on validation."""
-    table, logs = tables[0], [np.log(part[EMOTIONS].to_numpy().clip(1e-7)) for part in tables]
+    table, logs = tables[0], [np.log(probabilities_of(part).clip(1e-7)) for part in tables]
     logits = torch.from_numpy(np.mean(logs, axis=0))
     held_out = torch.tensor((table["split"] == "validation").to_numpy())
     labels = torch.tensor(labels_of(table))
@@ -1567,7 +1585,7 @@ def fit_fusion_weights(logs, labels):
 def combine_late(name, cfg):
     """Late fusion as a predictions table: the mean of two rows' probabilities, or with learned weights."""
     tables = [read_back(file_of(cfg, "predictions", part), pd.read_csv) for part in ROWS[name].parts]
-    probabilities, table = np.stack([part[EMOTIONS] for part in tables]), tables[-1]  # (P, N, C)
+    probabilities, table = np.stack(list(map(probabilities_of, tables))), tables[-1]  # (P, N, C)
     if name.startswith("late"):
         return with_probabilities(table, probabilities.mean(axis=0))
     logs, held_out = np.log(probabilities.clip(1e-7)), (table["split"] == "validation").to_numpy()
@@ -1637,7 +1655,7 @@ def resampled(clusters, names=None, draws=2000):
 
 def weighted_uar(weights, table):
     """The UAR of a predictions table (N rows) under each row of weights (draws, N): (draws,)."""
-    true = table["true"].to_numpy()[:, None] == np.array(EMOTIONS)  # (N, C)
+    true = table["true"].to_numpy(dtype=object)[:, None] == np.array(classes_of(table), object)  # (N, C)
     right = true & (table["predicted"] == table["true"]).to_numpy()[:, None]
     counts = weights @ true
     return np.nanmean(np.where(counts > 0, weights @ right / np.maximum(counts, 1), np.nan), axis=1)
@@ -1661,7 +1679,7 @@ def figures_of(table, draws, unseen):
     by_run = test.groupby(["fold", "seed"])[["true", "predicted"]].apply(uar_of)
     by_fold, by_seed = (by_run.groupby(level=level).mean() for level in (0, 1))
     wrong = test[test["true"] != test["predicted"]]
-    wrong = wrong.assign(confidence=wrong[EMOTIONS].max(axis=1).round(3)).nlargest(10, "confidence")
+    wrong = wrong.assign(confidence=wrong[classes_of(wrong)].max(axis=1).round(3)).nlargest(10, "confidence")
     fresh = test[test["actor"].isin(unseen)]
     return {
         "uar": float(by_run.mean()), "interval": np.quantile(draws, (0.025, 0.975)).tolist(),
@@ -1669,7 +1687,7 @@ def figures_of(table, draws, unseen):
         "spread": {key: float(uars.std()) if len(uars) > 1 else None
                    for key, uars in (("folds", by_fold), ("seeds", by_seed))},
         "unseen": uar_of(fresh) if len(fresh) else None,
-        "ece_if_perfect": calibration_error_if_perfect(test[EMOTIONS].to_numpy(), test["clip"]),
+        "ece_if_perfect": calibration_error_if_perfect(probabilities_of(test), test["clip"]),
         "mistakes": wrong[["clip", "actor", "true", "predicted", "confidence"]].to_dict("records"),
         "by_actor": {str(actor): uar_of(rows) for actor, rows in test.groupby("actor")},
         "groups": {split: {group: uar_of(rows) for column in ("intensity", "sex")
@@ -1713,8 +1731,8 @@ def evaluate(runs, tables, reasons, audit, cfg):
         if read_back(folder / "metrics.json")["rows"] != rows:  # no report may pass for that of these figures
             for old in {folder / REPORT, *folder.glob("plots/*.png")}.difference(plot_paths({}, cfg)):
                 old.unlink(missing_ok=True)
-    figures = described(cfg) | {"classes": EMOTIONS, "audit": audit, "rows": rows, "alone": alone,
-                                "pairs": pairs, "unseen_actors": unseen}
+    figures = described(cfg) | {"classes": classes_of(tables[0]), "audit": audit, "rows": rows,
+                                "alone": alone, "pairs": pairs, "unseen_actors": unseen}
     save(folder / "metrics.json", figures)
     save(folder / "config.json", described(cfg))
     for heading, table in result_tables(figures, len(runs) > 1).items():
@@ -1789,7 +1807,7 @@ def save_figure(figure, name, cfg):
 def plot_counts(clips, cfg):
     """Clips per emotion in each split."""
     figure, axis = plt.subplots(figsize=(9, 4.2), layout="constrained")
-    sns.countplot(clips, x="emotion", hue="split", order=EMOTIONS, hue_order=SPLITS, ax=axis)
+    sns.countplot(clips, x="emotion", hue="split", order=classes_of(clips), hue_order=SPLITS, ax=axis)
     for bars in axis.containers:
         axis.bar_label(bars, fontsize=8)
     split = "random split" if cfg.split == "random" else f"fold {names_in(cfg.folds)[0]}"
@@ -1800,10 +1818,12 @@ def plot_counts(clips, cfg):
 
 def plot_samples(clips, cfg):
     """One training clip per emotion, by one actor if possible: waveform above, log-mel spectrogram below."""
-    figure, axes = plt.subplots(4, 4, figsize=(13, 9), layout="constrained", height_ratios=[1, 2, 1, 2])
+    lines = -(-len(classes_of(clips)) // 4)
+    figure, axes = plt.subplots(2 * lines, 4, figsize=(13, 4.5 * lines), layout="constrained",
+                                height_ratios=[1, 2] * lines)
     rows = clips[clips["split"] == "train"].sort_values(["actor", "clip"])
     rows = rows.drop_duplicates("emotion").set_index("emotion")
-    for index, emotion in enumerate(EMOTIONS):
+    for index, emotion in enumerate(classes_of(clips)):
         wave, spectrogram = axes[index // 4 * 2:, index % 4][:2]
         samples = load_audio(rows["path"][emotion], cfg.sampling_rate, cfg.trim_db)
         seconds = len(samples) / cfg.sampling_rate
@@ -1813,8 +1833,10 @@ def plot_samples(clips, cfg):
         extent = (0, seconds, 0, cfg.n_mels)
         spectrogram.imshow(mel, origin="lower", aspect="auto", cmap="magma", extent=extent)
         spectrogram.set_xlabel("seconds")
-    for axis, label in zip(axes[:, 0], ("amplitude", "mel band") * 2):
+    for axis, label in zip(axes[:, 0], ("amplitude", "mel band") * lines):
         axis.set_ylabel(label)
+    for axis in (axis for axis in axes.flat if not axis.has_data()):
+        axis.set_axis_off()
     save_figure(figure, "samples", cfg)
 
 
@@ -1838,13 +1860,13 @@ def plot_curves(rows, cfg):
 
 def plot_confusion(name, row, cfg):
     """The test confusion matrix of one row, as counts and as shares of the true emotion."""
-    counts = np.array(row["test"]["confusion"])
+    counts, classes = np.array(row["test"]["confusion"]), list(row["test"]["per_class"])
     shares = 100 * counts / np.maximum(1, counts.sum(axis=1, keepdims=True))
     figure, axes = plt.subplots(1, 2, figsize=(13, 6), layout="constrained")
     kinds = ("predictions", counts, "d"), ("% of the true emotion", shares, ".0f")
     for axis, (title, values, form) in zip(axes, kinds):
         sns.heatmap(values, annot=True, fmt=form, cmap="Blues", cbar=False, square=True, ax=axis,
-                    xticklabels=EMOTIONS, yticklabels=EMOTIONS)
+                    xticklabels=classes, yticklabels=classes)
         axis.set(title=title, xlabel="predicted", ylabel="true")
         axis.tick_params(axis="x", rotation=45)
         axis.tick_params(axis="y", rotation=0)
@@ -1863,7 +1885,8 @@ def draw_comparison(axis, rows, several):
         folds = [100 * uar for uar in row["by_fold"].values()]
         axis.plot([100 * end for end in row["interval"]], [place + 0.2] * 2, "k-", linewidth=1)
         axis.plot(folds, [place + 0.2] * len(folds), "k.", markersize=4)
-    axis.axvline(100 / len(EMOTIONS), color="firebrick", linestyle="--", label="chance")
+    chance = 100 / max(len(row["test"]["per_class"]) for row in rows.values())
+    axis.axvline(chance, color="firebrick", linestyle="--", label="chance")
     title = "UAR in %: mean (bar), each fold (dots), 95 % interval of the pooled UAR (line)"
     axis.set(xlim=(0, 101), xlabel="", ylabel="", title=title if several else "UAR in %")
     axis.legend(title="", loc="upper left", bbox_to_anchor=(1, 1))
@@ -1902,7 +1925,8 @@ def plot_cross_validation(rows, pairs, cfg):
     figure, axes = plt.subplots(4, 1, figsize=(11, 5 + 1.5 * len(rows)), layout="constrained")
     titles, share = [row["title"] for row in rows.values()], {"annot": True, "cmap": "Blues", "cbar": False}
     draw_comparison(axes[0], rows, True)
-    recalls = [{e: row["test"]["per_class"][e]["recall"] for e in EMOTIONS} for row in rows.values()]
+    recalls = [{emotion: figures["recall"] for emotion, figures in row["test"]["per_class"].items()}
+               for row in rows.values()]
     sns.heatmap(100 * pd.DataFrame(recalls, titles), ax=axes[1], fmt=".0f", **share)
     sns.heatmap(100 * pd.DataFrame([row["by_actor"] for row in rows.values()], titles), ax=axes[2],
                 fmt=".0f", **share)
@@ -2061,7 +2085,7 @@ def study_table(levels):
                     line |= {"row": name, "title": ROWS[name].title, "text_uar": rows[text]["uar"],
                              "uar": row["uar"], "low": row["interval"][0], "high": row["interval"][1],
                              "sd_folds": row["spread"]["folds"], "ece": row["test"]["ece"],
-                             "nll": row["test"]["nll"]}
+                             "nll": row["test"]["nll"], "chance": 1 / len(row["test"]["per_class"])}
                     for key, other in (("audio", "cnn"), ("text", text), ("mean", f"late_{text}")):
                         for end, value in zip(("", "_low", "_high"), gaps.get((name, other), [math.nan] * 3)):
                             line[f"minus_{key}{end}"] = value
@@ -2106,8 +2130,8 @@ def study_findings(table):
             "fusion beats sound alone, its interval above 0, " + (
                 "from words of this UAR on: " + ", ".join(f"{key} {uar:.1%}" for key, uar in helps.items())
                 if len(helps) else "at no level of noise"),
-            f"with the most noise words alone reach {useless['text_uar'].iloc[0]:.1%} (chance 12.5 %). What "
-            "fusion then changes against sound alone, in points: " + ", ".join(
+            f"with the most noise words alone reach {useless['text_uar'].iloc[0]:.1%} (chance "
+            f"{useless['chance'].max():.1%}). What fusion then changes against sound alone, in points: " + ", ".join(
                 f"{line['title']} {points(line, 'minus_audio')}" for _, line in useless.iterrows()),
             f"the safest fusion is {floor.index[0]}. Points from the better of sound and words where that is "
             "worst: " + ", ".join(f"{key} {100 * gain:+.1f}" for key, gain in floor.items()),
@@ -2129,7 +2153,7 @@ def plot_study(table, cfg):
             x, y, spread = (100 * line[key] for key in ("text_uar", "uar", "sd_folds"))
             axis.plot(x, y, "o-", markersize=3, label=title)
             axis.fill_between(x, y - spread, y + spread, alpha=0.08)
-        axis.axhline(100 / len(EMOTIONS), color="firebrick", linestyle="--", linewidth=1, label="chance")
+        axis.axhline(100 * part["chance"].max(), color="firebrick", linestyle="--", label="chance")
         axis.set(title=model, xlabel=f"test UAR of {model} alone in %, by noise in sentences", ylim=(0, 101))
         axis.legend(fontsize=8, loc="lower right")
     axes[0, 0].set_ylabel("test UAR in %; band: standard deviation over folds")
@@ -2239,7 +2263,7 @@ def describe_data(runs, tables, audit, cfg):
     print("\n".join(sentences))
     save(folder / "audit.json", {"audit": sentences, "marks": marks(cfg)})
     encoder = LabelEncoder()
-    encoder.classes_ = np.array(EMOTIONS)  # fit() would sort them
+    encoder.classes_ = np.array(classes_of(clips))  # fit() would sort them
     save(folder / "label_encoder.pkl", pickle.dumps(encoder))
     settings = {name: getattr(cfg, name) for name in FEATURES}
     key = digest(clips.drop(columns="mel").to_csv(), settings, marks(cfg))

@@ -376,7 +376,7 @@ def test_a_short_clip_is_repeated_at_its_ends_and_a_long_one_cut_in_the_middle(d
 
 
 def test_mixup_mixes_labels_as_it_mixes_sound():
-    mixed = er.mix({"label": torch.arange(8), "mel": torch.eye(8)}, 0.3)
+    mixed = er.mix({"label": torch.arange(8), "mel": torch.eye(8)}, 8, 0.3)
     assert torch.equal(mixed["mel"], mixed["label"])
     assert torch.allclose(mixed["label"].sum(dim=1), torch.ones(8))
 
@@ -420,7 +420,7 @@ def test_uar_is_the_mean_recall_of_the_classes_that_occur(true, found, expected)
 def test_every_score_of_a_counted_case():
     probabilities = np.full((9, 8), 0.04)
     probabilities[range(9), [0, 1, 2, 3, 4, 5, 6, 6, 1]] = 0.72
-    scores = er.score(probabilities, np.array([0, 1, 2, 3, 4, 5, 6, 7, 0]))
+    scores = er.score(probabilities, np.array([0, 1, 2, 3, 4, 5, 6, 7, 0]), er.EMOTIONS)
     expected = {"clips": 9, "accuracy": 7 / 9, "uar": 6.5 / 8, "macro_f1": (4 + 3 * 2 / 3) / 8,
                 "nll": -(7 * np.log(0.72) + 2 * np.log(0.04)) / 9, "ece": 7 / 9 - 0.72}
     assert {key: scores[key] for key in expected} == pytest.approx(expected)
@@ -430,7 +430,7 @@ def test_every_score_of_a_counted_case():
 
 def test_late_fusion_is_the_mean_of_probabilities():
     for stem, column, sure in (("AudioCNN", "sad", 0.9), ("TextRNN", "happy", 0.5)):
-        table = pd.DataFrame(0.0, index=[0, 1], columns=er.EMOTIONS).assign(clip=["a", "b"], predicted="?")
+        table = pd.DataFrame(0.0, [0, 1], ["true", *er.EMOTIONS]).assign(predicted="?", clip=["a", "b"])
         er.save(Path(f"outputs/predictions/{stem}.csv"), table.assign(**{column: [sure, 1 - sure]}))
     fused = er.combine_late("late_rnn", config())
     assert np.allclose(fused[["sad", "happy"]], [[0.45, 0.25], [0.05, 0.25]])
@@ -856,7 +856,7 @@ def study_of(noise, text_uar, **uars):
     """Lines of a study with TextRNN, sound at 60 %, every interval 4 points wide."""
     rows = {"cnn": 0.6, "rnn": text_uar} | uars
     return [{"noise": noise, "text_model": "TextRNN", "row": row, "title": er.ROWS[row].title, "uar": uar,
-             "text_uar": text_uar, **{f"minus_{key}{end}": uar - other + shift
+             "text_uar": text_uar, "chance": 0.125, **{f"minus_{key}{end}": uar - other + shift
                                       for key, other in (("audio", 0.6), ("text", text_uar))
                                       for end, shift in (("", 0), ("_low", -0.02), ("_high", 0.02))}}
             for row, uar in rows.items()]
