@@ -2131,7 +2131,8 @@ def study_findings(table):
                 "from words of this UAR on: " + ", ".join(f"{key} {uar:.1%}" for key, uar in helps.items())
                 if len(helps) else "at no level of noise"),
             f"with the most noise words alone reach {useless['text_uar'].iloc[0]:.1%} (chance "
-            f"{useless['chance'].max():.1%}). What fusion then changes against sound alone, in points: " + ", ".join(
+            f"{useless['chance'].max():.1%}). What fusion then changes against sound alone, in points: "
+            + ", ".join(
                 f"{line['title']} {points(line, 'minus_audio')}" for _, line in useless.iterrows()),
             f"the safest fusion is {floor.index[0]}. Points from the better of sound and words where that is "
             "worst: " + ", ".join(f"{key} {100 * gain:+.1f}" for key, gain in floor.items()),
