@@ -69,6 +69,9 @@ RAVDESS_PATH = "./archive/audio_speech_actors_01-24/"  # folder that is searched
 OUTPUT_DIR = "outputs"           # folder for checkpoints, tables, plots and the report
 PHASE = "all"                    # stages to run; fusion trains its parts too if RUN_MODELS has them
 RUN_MODELS = "cnn,rnn,bert,fusion_rnn,fusion_bert"  # models to train, comma-separated
+INPUT = ""                       # a recording, or a folder of them, for --phase predict
+TEXT = ""                        # what is said in INPUT; else Whisper's transcript, if its weights are there
+JSON = False                     # --phase predict prints one JSON document and nothing else
 DEMO = False                     # a small synthetic corpus instead, results in OUTPUT_DIR/demo
 DEVICE = "auto"                  # where to compute; auto takes the fastest that is there
 SEED = 42                        # seed of initialisation, order, augmentation and sentences
@@ -111,7 +114,7 @@ EMA_DECAY = 0.99                 # moving average of the weights, per step
 SETTINGS = {name: type(value) for name, value in list(globals().items())
             if name.isupper() and type(value) in (bool, int, float, str)}
 CHOICES = {
-    "phase": ("all", "data", "unimodal", "fusion", "study", "report"),
+    "phase": ("all", "data", "unimodal", "fusion", "study", "report", "predict"),
     "fusion": ("concat", "attention", "both"),
     "device": ("auto", "cuda", "mps", "cpu"),
     "split": ("speaker", "random"),
@@ -708,17 +711,21 @@ def transcribe(clips, cfg, device):
     todo = clips[~clips["digest"].isin(texts)].drop_duplicates("digest")
     if len(todo):
         whisper, model = load_whisper(cfg, device)
-        on_gpu = model.device.type == "cuda"
-        options = whisper.DecodingOptions(language="en", without_timestamps=True, fp16=on_gpu)
-        size = 16 if on_gpu else 4
+        size = 16 if model.device.type == "cuda" else 4
         for start in tqdm(range(0, len(todo), size), "Transcribing"):
             rows = todo.iloc[start:start + size]
-            waves = [whisper.pad_or_trim(load_audio(file, 16000)) for file in rows["path"]]
-            mels = torch.stack([whisper.log_mel_spectrogram(wave, model.dims.n_mels) for wave in waves])
-            results = model.decode(mels.to(model.device), options)
-            texts.update(zip(rows["digest"], map(said_in, results)))
+            waves = [load_audio(file, 16000) for file in rows["path"]]
+            texts.update(zip(rows["digest"], write_down(waves, whisper, model)))
             save(path, pickle.dumps(cache))
     return clips["digest"].map(texts)
+
+
+def write_down(waves, whisper, model):
+    """What Whisper hears in the first 30 s of each of some waves (n,) at 16 kHz, in English."""
+    waves, on_gpu = map(whisper.pad_or_trim, waves), model.device.type == "cuda"
+    mels = torch.stack([whisper.log_mel_spectrogram(wave, model.dims.n_mels) for wave in waves])
+    options = whisper.DecodingOptions(language="en", without_timestamps=True, fp16=on_gpu)
+    return list(map(said_in, model.decode(mels.to(model.device), options)))
 
 
 # %% 8. Audio features
@@ -726,28 +733,47 @@ class AudioError(ValueError):
     """Why a recording cannot be used."""
 
 
+class Silence(AudioError):
+    """There is nothing to be heard in a recording."""
+
+
 def load_audio(path, rate, trim_db=math.inf):
     """A recording as mono float32 samples (n,) at `rate` Hz, silence at both ends cut off.
 
     Raises AudioError with why it cannot be used.
     """
+    return prepare_samples(*read_audio(path), rate, trim_db)[0]
+
+
+def read_audio(path):
+    """Samples (n,) of a recording, downmixed, int16 or float32, and their rate in Hz. Raises AudioError."""
     try:
         with soundfile.SoundFile(path) as file:
             plain = file.subtype == "PCM_16"  # libsndfile would take long to make floats of it
             samples = file.read(dtype="int16" if plain else "float32", always_2d=True)
-            own_rate, cut = file.samplerate, len(samples) < file.frames
+            rate, cut = file.samplerate, 0 < len(samples) < file.frames
     except (soundfile.LibsndfileError, OSError, ValueError, MemoryError) as error:  # such as a wild length
         raise AudioError(f"not readable as audio ({str(error).split(': ')[-1].strip()})") from error
-    samples = samples.mean(axis=1, dtype=np.float32) if samples.shape[1] > 1 else samples[:, 0]
-    scale, peak = 1 / 32768 if plain else 1.0, peak_of(samples)
-    reasons = {"no samples in it": not len(samples), "cut off": cut, "silent": peak * scale < 1e-4,
-               "NaN, infinite or huge samples": not peak * scale < 1e6}
-    for reason, holds in reasons.items():
-        if holds:
-            raise AudioError(reason)
-    samples = trim_silence(samples, own_rate, trim_db)  # first, so that there is less to resample
-    samples = np.multiply(samples, scale, dtype=np.float32)
-    return samples if own_rate == rate else soxr.resample(samples, own_rate, rate)
+    if cut:
+        raise AudioError("cut off")
+    if samples.shape[1] == 1:
+        return samples[:, 0], rate
+    return samples.mean(axis=1, dtype=np.float32) / (32768 if plain else 1), rate
+
+
+def prepare_samples(samples, own_rate, rate, trim_db):
+    """Samples (n,) as float32 at `rate` Hz without silence at both ends, and where they start in s.
+
+    Raises AudioError with why they cannot be used.
+    """
+    scale, peak = 1 / 32768 if samples.dtype == np.int16 else 1.0, peak_of(samples)
+    if peak * scale < 1e-4:
+        raise Silence("silent" if len(samples) else "no samples in it")
+    if not peak * scale < 1e6:
+        raise AudioError("NaN, infinite or huge samples")
+    loud = loud_part(samples, own_rate, trim_db)  # first, so that there is less to resample
+    samples = np.multiply(samples[loud], scale, dtype=np.float32)
+    return samples if own_rate == rate else soxr.resample(samples, own_rate, rate), loud.start / own_rate
 
 
 def peak_of(samples):
@@ -755,12 +781,12 @@ def peak_of(samples):
     return max(float(samples.max(initial=0)), -float(samples.min(initial=0)))
 
 
-def trim_silence(samples, rate, trim_db):
-    """Cut both ends that lie `trim_db` below the clip's own peak, but for 50 ms before and 100 ms after."""
+def loud_part(samples, rate, trim_db):
+    """The slice without both ends `trim_db` below the clip's own peak, but for 50 ms before, 100 ms after."""
     limit = 0.9999 * peak_of(samples) * 10 ** (-trim_db / 20)  # -32768 has no positive
     limit = samples.dtype.type(math.ceil(limit) if samples.dtype.kind == "i" else limit)
     loud = ((samples >= limit) | (samples <= -limit)).tobytes()  # bytes are searched fast
-    return samples[max(0, loud.index(1) - rate // 20):loud.rindex(1) + rate // 10]
+    return slice(max(0, loud.index(1) - rate // 20), loud.rindex(1) + rate // 10)
 
 
 def load_torchaudio():
@@ -890,7 +916,7 @@ class ClipDataset(Dataset):
         heard = list(clips["mel"]) if "mel" in inputs else []
         self.mels = torch.from_numpy(np.concatenate(heard)).to(device) if heard else None  # (all T, M)
         self.words = {} if inputs == ("mel",) else model.tokenize(list(clips["transcript"]))
-        self.frames = round(cfg.clip_seconds * cfg.sampling_rate / cfg.hop_length)
+        self.frames = window_frames(cfg)
         self.rate, self.word_dropout, self.mixup = cfg.sampling_rate, cfg.word_dropout, cfg.mixup
 
     def __len__(self):
@@ -942,6 +968,11 @@ class ClipDataset(Dataset):
         band = bands_heard(speed, mel.shape[2], self.rate) * warp + shift  # (B, M)
         grid = torch.stack(torch.broadcast_tensors(time[:, None], band[:, :, None]), dim=3)  # (B, M, T, 2)
         return F.grid_sample(mel, grid.to(self.device).clamp(-1, 1), align_corners=True)  # as MPS can
+
+
+def window_frames(cfg):
+    """The frames of a window of CLIP_SECONDS."""
+    return round(cfg.clip_seconds * cfg.sampling_rate / cfg.hop_length)
 
 
 def batches_of(dataset, size, shuffle=False):
@@ -1586,12 +1617,24 @@ def combine_late(name, cfg):
     """Late fusion as a predictions table: the mean of two rows' probabilities, or with learned weights."""
     tables = [read_back(file_of(cfg, "predictions", part), pd.read_csv) for part in ROWS[name].parts]
     probabilities, table = np.stack(list(map(probabilities_of, tables))), tables[-1]  # (P, N, C)
-    if name.startswith("late"):
-        return with_probabilities(table, probabilities.mean(axis=0))
-    logs, held_out = np.log(probabilities.clip(1e-7)), (table["split"] == "validation").to_numpy()
-    weights = fit_fusion_weights(logs[:, held_out], labels_of(table)[held_out])
-    save(Path(cfg.output_dir, f"{ROWS[name].stem}.json"), dict(zip(ROWS[name].parts, weights.tolist())))
-    return with_probabilities(table, softmax(np.tensordot(weights, logs, 1), axis=1))
+    weights = None
+    if name.startswith("learned"):
+        held_out = (table["split"] == "validation").to_numpy()
+        logs = np.log(probabilities[:, held_out].clip(1e-7))
+        weights = fit_fusion_weights(logs, labels_of(table)[held_out]).tolist()
+        save(weights_path(name, cfg), dict(zip(ROWS[name].parts, weights)))
+    return with_probabilities(table, fuse_late(probabilities, weights))
+
+
+def fuse_late(probabilities, weights=None):
+    """Probabilities (P, N, C) joined by weights (P,) of their logarithms, else their mean: (N, C)."""
+    return (probabilities.mean(axis=0) if weights is None else
+            softmax(np.tensordot(weights, np.log(probabilities.clip(1e-7)), 1), axis=1))
+
+
+def weights_path(name, cfg):
+    """Where the weights of learned late fusion lie."""
+    return Path(cfg.output_dir, f"{ROWS[name].stem}.json")
 
 
 def answer_anew(name, clips, cfg, device):
@@ -1793,9 +1836,9 @@ def plot_paths(rows, cfg):
 
 
 def save_figure(figure, name, cfg):
-    """Save a figure with its marks below, show it in a notebook, close it."""
+    """Save a figure under a name or path with its marks below, show it in a notebook, close it."""
     figure.supxlabel("; ".join(marks(cfg)), fontsize=8, color="firebrick")
-    path = plot_path(name, cfg)
+    path = name if isinstance(name, Path) else plot_path(name, cfg)
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=120)
     if in_kernel():
@@ -2172,7 +2215,237 @@ def study_section(table, cfg):
             plot_path("study", cfg), pd.DataFrame(lines).fillna("-")]
 
 
-# %% 19. The demo
+# %% 19. Prediction on one's own recordings
+LONGEST = 6.0  # seconds of speech for which one window stands, as in training
+NO_SPEECH = "no speech"
+RECORDINGS = {*AUDIO_SUFFIXES, *".m4a .aac .opus .aif .aiff .au .caf .wma .webm .mp4".split()}
+
+
+def read_any(path):
+    """Samples (n,) and their rate in Hz of whatever soundfile or librosa can read. Raises AudioError."""
+    try:
+        return read_audio(path)
+    except AudioError as error:
+        import warnings
+
+        import librosa
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return librosa.load(path, sr=None)
+        except Exception:  # each of its backends has its own
+            raise error from None
+
+
+def downmix(recording, sampling_rate):
+    """An array of one or more channels as float32 samples (n,), and its rate. Raises UserError."""
+    samples = np.asarray(recording)
+    if samples.ndim not in (1, 2) or samples.dtype.kind not in "if" or not sampling_rate:
+        raise UserError("a recording is a path, or an array of shape (n,), (n, channels) or (channels, n) "
+                        "with its sampling_rate in Hz")
+    scale = -float(np.iinfo(samples.dtype).min) if samples.dtype.kind == "i" else 1.0
+    samples = samples.mean(axis=int(np.argmin(samples.shape))) if samples.ndim == 2 else samples
+    return (samples / scale).astype(np.float32), int(sampling_rate)
+
+
+class Predictor:
+    """The trained models of a folder, with nothing but their checkpoints, ready for any recording.
+
+    Raises UserError when the folder holds no AudioCNN, AudioError when a recording cannot be read.
+    """
+
+    def __init__(self, output_dir="outputs", device="cpu"):
+        self.folder, self.device, self.loaded = SimpleNamespace(output_dir=output_dir), device, {}
+        checkpoint = read_checkpoint(file_of(self.folder, "checkpoint", "cnn"))
+        self.classes, self.cfg = checkpoint["classes"], SimpleNamespace(**checkpoint["config"])
+        self.trained = [name for name in MODELS if file_of(self.folder, "checkpoint", name).exists()]
+        self.load("cnn")
+
+    def predict(self, recording, sampling_rate=None, text=None):
+        """A DataFrame with a line per model: `predicted`, a probability per emotion, `note`.
+
+        `recording` is a path, or an array of samples with `sampling_rate` in Hz; `text` is what is said, for
+        the models that read words: without, AudioCNN answers alone. The answer to silence is "no speech".
+        """
+        return self.summarize(self.listen(recording, sampling_rate), text)
+
+    def predict_over_time(self, recording, sampling_rate=None):
+        """A DataFrame with AudioCNN's answer to each window: `start`, `end` in s, `voiced` from 0 to 1."""
+        return self.follow(self.listen(recording, sampling_rate))
+
+    def load(self, name):
+        """(model, temperature), read once."""
+        if name not in self.loaded:
+            path = file_of(self.folder, "checkpoint", name)
+            checkpoint = read_checkpoint(path)
+            if checkpoint["classes"] != self.classes:
+                raise UserError(f"{path} knows other emotions than AudioCNN beside it: train it again with "
+                                "--phase all, or name another --output-dir")
+            self.loaded[name] = restore_model(path).to(self.device), checkpoint["temperature"]
+        return self.loaded[name]
+
+    def listen(self, recording, sampling_rate=None):
+        """Windows of a recording: start and end in s, share of frames with voice, log-mel; none of silence.
+
+        Up to 6 s of speech are one window, of which ClipDataset cuts the middle as in training.
+        """
+        cfg, windows, is_file = self.cfg, [], isinstance(recording, (str, Path))
+        sound = read_any(recording) if is_file else downmix(recording, sampling_rate)
+        with contextlib.suppress(Silence):
+            samples, offset = prepare_samples(*sound, cfg.sampling_rate, cfg.trim_db)
+            mel = log_mel(samples, cfg)
+            level = 10 * np.log10(np.exp(mel.astype(np.float32)).sum(axis=1))  # of each frame, in dB
+            low, high = np.percentile(level, (10, 95))
+            size, second = window_frames(cfg), cfg.sampling_rate / cfg.hop_length
+            starts = [*range(0, len(mel) - size, size // 2), len(mel) - size]
+            if len(samples) <= LONGEST * cfg.sampling_rate or len(mel) <= size:
+                starts, size = [0], len(mel)
+            voiced = level > level.max() - cfg.trim_db
+            windows = [{"start": offset + start / second, "end": offset + (start + size) / second,
+                        "voiced": float(voiced[start:start + size].mean()), "mel": mel[start:start + size],
+                        "emotion": self.classes[0]} for start in starts
+                       if high - low > 6 and len(mel) >= 16]  # no steady noise: clips of RAVDESS have 17 dB
+        table = pd.DataFrame(windows, columns=["start", "end", "voiced", "mel", "emotion"])
+        return table.astype({"emotion": pd.CategoricalDtype(self.classes)})
+
+    def answer(self, name, windows):
+        """Probabilities (W, C) of one row for windows with their transcript."""
+        if name in MODELS:
+            model, temperature = self.load(name)
+            dataset = ClipDataset(windows, model, self.cfg, self.device)
+            return (predict(model, dataset) / temperature).softmax(dim=1).numpy()
+        weights = read_back(weights_path(name, self.folder)) if name.startswith("learned") else None
+        return fuse_late(np.stack([self.answer(part, windows) for part in ROWS[name].parts]),
+                         weights and [weights[part] for part in ROWS[name].parts])
+
+    def rows(self):
+        """The names of the rows that can answer when there is a text, AudioCNN first."""
+        late = [name for name, row in ROWS.items() if name.startswith(("late_", "learned_"))
+                and set(row.parts) <= set(self.trained)
+                and (name.startswith("late_") or weights_path(name, self.folder).exists())]
+        return [*self.trained, *late]
+
+    def summarize(self, windows, text=None):
+        """The table of `predict` from windows, which count as much as there is voice in them."""
+        lines = {}
+        for name in self.rows() if len(windows) and text is not None else ["cnn"]:
+            values, found = np.full(len(self.classes), np.nan), NO_SPEECH
+            if len(windows):
+                answers = self.answer(name, windows.assign(transcript=text))
+                values = np.average(answers, axis=0, weights=windows["voiced"])
+                found = self.classes[values.argmax()]
+            oracle = reads_oracle(name, self.cfg)
+            lines[ROWS[name].title] = {"predicted": found, **dict(zip(self.classes, values.tolist())),
+                                       "note": "trained on simulated sentences" * oracle}
+        return pd.DataFrame.from_dict(lines, orient="index").rename_axis("model")
+
+    def follow(self, windows):
+        """The table of `predict_over_time` from windows."""
+        answers = self.answer("cnn", windows) if len(windows) else np.zeros((0, len(self.classes)))
+        which = np.where(windows["voiced"] > 0, answers.argmax(axis=1), -1)
+        found = np.array([*self.classes, NO_SPEECH])[which]
+        columns = pd.DataFrame(answers, windows.index, self.classes)
+        return windows[["start", "end", "voiced"]].assign(predicted=found).join(columns)
+
+
+def words_of(path, predictor, cfg):
+    """What is said in a recording, None if nothing is known, and where that comes from."""
+    if cfg.text or len(predictor.trained) == 1:
+        return (cfg.text, "--text") if len(predictor.trained) > 1 else (None, "no trained model reads words")
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "whisper")
+    if not (Path(cfg.whisper_model).is_file() or (cache / f"{cfg.whisper_model}.pt").exists()):
+        return None, "no --text, and no weights of Whisper here: audio alone"
+    whisper, model = load_whisper(cfg, predictor.device)
+    wave = prepare_samples(*read_any(path), 16000, math.inf)[0]
+    return write_down([wave], whisper, model)[0], f"Whisper {cfg.whisper_model}"
+
+
+def describe_recording(path, name, predictor, cfg):
+    """All answers for one recording, as builtins; a long one leaves a table and a plot of its windows."""
+    try:
+        windows = predictor.listen(path)
+        text, source = words_of(path, predictor, cfg) if len(windows) else (None, "")
+    except AudioError as error:
+        return {"recording": name, "error": str(error), "models": []}
+    summary, course, table = predictor.summarize(windows, text), predictor.follow(windows), ""
+    if len(windows) > 1:
+        table = Path(cfg.output_dir, "recordings", re.sub(r"[^\w.-]", "_", name) + ".csv")
+        save_table(table, course, predictor.cfg)
+        plot_over_time(table.with_suffix(".png"), path, course, predictor)
+    models = [{"model": title, "predicted": line["predicted"], "note": line["note"], "probabilities": {
+        emotion: None if math.isnan(line[emotion]) else line[emotion] for emotion in predictor.classes}}
+        for title, line in summary.to_dict("index").items()]
+    return {"recording": name, "answer": models[0]["predicted"], "text": text, "text_source": source,
+            "models": models, "windows": course.to_dict("records"), "over_time": str(table)}
+
+
+def plot_over_time(path, recording, course, predictor):
+    """Waveform and AudioCNN's probabilities over time of a long recording."""
+    samples, rate = read_any(recording)
+    figure, (wave, areas) = plt.subplots(2, 1, figsize=(12, 6), layout="constrained", sharex=True)
+    step = max(1, len(samples) // 20000)
+    wave.plot(np.arange(len(samples))[::step] / rate, samples[::step], linewidth=0.4)
+    wave.set(ylabel="amplitude")
+    middles, classes = (course["start"] + course["end"]) / 2, predictor.classes
+    areas.stackplot(middles, course[classes].T, labels=classes)
+    areas.set(xlabel="seconds", ylabel="probability by AudioCNN", ylim=(0, 1))
+    areas.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8)
+    save_figure(figure, path, predictor.cfg)
+
+
+def print_answer(answer):
+    """One recording on the console: a bar per emotion by AudioCNN, then the other models."""
+    print(f"\n{answer['recording']}: {answer.get('answer') or answer['error']}")
+    if answer.get("answer", NO_SPEECH) == NO_SPEECH:
+        return
+    first, *others = answer["models"]
+    for emotion, value in sorted(first["probabilities"].items(), key=lambda item: -item[1]):
+        print(f"  {emotion:12} {value:6.1%}  {'#' * round(40 * value)}")
+    for model in others:
+        note = f" ({model['note']})" * bool(model["note"])
+        print(f"  {model['model']}{note}: {model['predicted']} {max(model['probabilities'].values()):.1%}")
+    print(f"  Words: {answer['text_source']}" + f": {answer['text']!r}" * (answer["text"] is not None))
+    if answer["over_time"]:
+        print(f"  Over time: {answer['over_time']} and .png beside it")
+
+
+def recordings_in(cfg):
+    """The files of --input, a recording or a folder of them. Raises UserError when there are none."""
+    path = Path(cfg.input)
+    files = [path] if path.is_file() else sorted(
+        file for file in path.rglob("*") if file.suffix.lower() in RECORDINGS and cfg.input)
+    if not files:
+        why = "holds no recordings" if path.exists() else "does not exist"
+        raise UserError(f"--input {cfg.input!r} {why}: name a recording or a folder of them")
+    return files
+
+
+def predict_phase(cfg):
+    """Answer for a recording or a folder of them, on the console and in OUTPUT_DIR/recordings."""
+    path, files = Path(cfg.input), recordings_in(cfg)
+    predictor, free = Predictor(cfg.output_dir, pick_device(cfg)), (*FREE, "whisper_model")
+    refuse_other_settings(cfg, vars(predictor.cfg), file_of(cfg, "checkpoint", "cnn"), free)
+    names = [file.relative_to(path).as_posix() if path.is_dir() else file.name for file in files]
+    bar = tqdm(files, "Recordings", disable=len(files) < 2)
+    answers = [describe_recording(file, name, predictor, cfg) for file, name in zip(bar, names)]
+    if path.is_file() and "error" in answers[0]:
+        raise UserError(f"{path} cannot be used ({answers[0]['error']}): name another --input")
+    if path.is_dir():
+        lines = [{"recording": answer["recording"], "error": answer.get("error", ""),
+                  "model": model.get("model"), "predicted": model.get("predicted"),
+                  **model.get("probabilities", {}), "note": model.get("note")}
+                 for answer in answers for model in answer["models"] or [{}]]
+        save_table(Path(cfg.output_dir, "recordings", "predictions.csv"), pd.DataFrame(lines), predictor.cfg)
+    if cfg.json:
+        print(json.dumps(answers if path.is_dir() else answers[0], indent=1))
+        return
+    for answer in answers:
+        print_answer(answer)
+    print("\n" + "; ".join([*(mark for mark in marks(predictor.cfg) if not mark.startswith("text")),
+                            "trained on acted speech: not fit for judging people"]))
+
+
+# %% 20. The demo
 DEMO_VOICES = {  # pitch and its range in semitones, syllables a second, level in dB, roughness, brightness
     "neutral": (0, 1, 4.0, -6, 0.00, 1.0), "calm": (-3, 1, 2.8, -12, 0.00, 0.6),
     "happy": (5, 6, 5.0, -2, 0.02, 1.6), "sad": (-2, 2, 2.6, -14, 0.05, 0.5),
@@ -2236,7 +2509,7 @@ def write_demo_encoder(folder):
     transformers.DistilBertModel(config).save_pretrained(folder)
 
 
-# %% 20. The phases and main
+# %% 21. The phases and main
 def reuse(title, key, files, cfg, make):
     """Make files unless they are there, made under the same key; a notebook sees its figures every time."""
     path = Path(cfg.output_dir, "cache", f"{title.replace(' ', '_')}.key")
@@ -2345,18 +2618,26 @@ def described(cfg):
             "settings": settings_of(cfg), "versions": versions()}
 
 
+FREE = "phase", "output_dir", "device", "input", "text", "json"  # what has no part in what is trained
+
+
+def refuse_other_settings(cfg, saved, path, free=FREE):
+    """Raise a UserError when a flag that was given is not what a file was made with."""
+    for key in set(cfg.given).difference(free):
+        if getattr(cfg, key) != saved.get(key):
+            raise UserError(f"{flag_of(key, getattr(cfg, key))} contradicts {path} ({saved.get(key)}): leave "
+                            "that flag out or train with --phase all")
+
+
 def report_phase(cfg):
     """Plots and .docx from what lies in OUTPUT_DIR alone; --phase report draws them in any case."""
     path, with_docx = Path(cfg.output_dir, "metrics.json"), importlib.util.find_spec("docx") is not None
     figures, document = read_back(path), Path(cfg.output_dir, REPORT)
     if not {"rows", "pairs", "audit", "settings"} <= set(figures):
         raise UserError(f"{path} is foreign: make it again with --phase all, or name another --output-dir")
-    saved, free = figures["settings"], ("phase", "output_dir", "device")
-    for key in set(cfg.given).difference(free):
-        if getattr(cfg, key) != saved.get(key):
-            raise UserError(f"{flag_of(key, getattr(cfg, key))} contradicts {path} ({saved.get(key)}): leave "
-                            "that flag out or train with --phase all")
-    cfg = SimpleNamespace(**vars(cfg) | {key: saved[key] for key in saved if key not in free})
+    saved = figures["settings"]
+    refuse_other_settings(cfg, saved, path)
+    cfg = SimpleNamespace(**vars(cfg) | {key: saved[key] for key in saved if key not in FREE})
     rows = {name: row for name, row in figures["rows"].items() if row["status"] == "run"}
     if not rows:
         raise UserError(f"no model in {path.parent} is trained: run --phase all or name another --output-dir")
@@ -2410,8 +2691,8 @@ def main(argv=None):
         plt.switch_backend("agg")
         with contextlib.suppress(AttributeError):
             sys.stdout.reconfigure(errors="replace")  # consoles that know few letters
-    if cfg.phase == "report":
-        return report_phase(cfg)
+    if cfg.phase in ("report", "predict"):
+        return report_phase(cfg) if cfg.phase == "report" else predict_phase(cfg)
     device, names = pick_device(cfg), models_to_run(cfg)
     if not names:
         raise UserError(f"--run-models {cfg.run_models} leaves --phase {cfg.phase} nothing to do")
@@ -2436,7 +2717,7 @@ def main(argv=None):
         report_phase(cfg)
 
 
-# %% 21. Run
+# %% 22. Run
 if __name__ == "__main__":
     try:
         main()
