@@ -2258,6 +2258,7 @@ class Predictor:
         self.folder, self.device, self.loaded = SimpleNamespace(output_dir=output_dir), device, {}
         checkpoint = read_checkpoint(file_of(self.folder, "checkpoint", "cnn"))
         self.classes, self.cfg = checkpoint["classes"], SimpleNamespace(**checkpoint["config"])
+        self.heard = SimpleNamespace(**checkpoint["config"] | {"use_simulated_sentences": False})  # for marks
         self.trained = [name for name in MODELS if file_of(self.folder, "checkpoint", name).exists()]
         self.load("cnn")
 
@@ -2370,7 +2371,7 @@ def describe_recording(path, name, predictor, cfg):
     summary, course, table = predictor.summarize(windows, text), predictor.follow(windows), ""
     if len(windows) > 1:
         table = Path(cfg.output_dir, "recordings", re.sub(r"[^\w.-]", "_", name) + ".csv")
-        save_table(table, course, predictor.cfg)
+        save_table(table, course, predictor.heard)
         plot_over_time(table.with_suffix(".png"), path, course, predictor)
     models = [{"model": title, "predicted": line["predicted"], "note": line["note"], "probabilities": {
         emotion: None if math.isnan(line[emotion]) else line[emotion] for emotion in predictor.classes}}
@@ -2390,7 +2391,7 @@ def plot_over_time(path, recording, course, predictor):
     areas.stackplot(middles, course[classes].T, labels=classes)
     areas.set(xlabel="seconds", ylabel="probability by AudioCNN", ylim=(0, 1))
     areas.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8)
-    save_figure(figure, path, predictor.cfg)
+    save_figure(figure, path, predictor.heard)
 
 
 def print_answer(answer):
@@ -2441,8 +2442,7 @@ def predict_phase(cfg):
         return
     for answer in answers:
         print_answer(answer)
-    print("\n" + "; ".join([*(mark for mark in marks(predictor.cfg) if not mark.startswith("text")),
-                            "trained on acted speech: not fit for judging people"]))
+    print("\n" + "; ".join([*marks(predictor.heard), "trained on acted speech: not fit for judging people"]))
 
 
 # %% 20. The demo

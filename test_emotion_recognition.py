@@ -974,6 +974,134 @@ def test_the_command_line_runs_the_demo():
     assert DOCUMENT.exists()
 
 
+# %% Prediction on one's own recordings
+def clip_of(clips, split="test"):
+    """The first clip of a split: its path and what is said in it."""
+    row = clips[clips["split"] == split].iloc[0]
+    return row["path"], row["transcript"], row["clip"]
+
+
+def test_an_answer_is_that_of_the_predictions_table(demo):
+    cfg, clips = demo
+    path, text, clip = clip_of(clips)
+    answer = er.Predictor(cfg.output_dir).predict(path, text=text)
+    assert set(answer.index) == {er.ROWS[name].title for name in STEMS} and answer.index[0] == "AudioCNN"
+    for name, stem in STEMS.items():
+        saved = pd.read_csv(f"{cfg.output_dir}/predictions/{stem}.csv").set_index("clip").loc[clip]
+        line = answer.loc[er.ROWS[name].title]
+        assert np.allclose(line[er.EMOTIONS].astype(float), saved[er.EMOTIONS].astype(float), atol=1e-4), name
+        assert line["note"] == ("" if name == "cnn" else "trained on simulated sentences")
+
+
+@pytest.mark.parametrize(("suffix", "rate", "channels", "loudness"), [
+    ("wav", 44100, 2, 1), ("flac", 48000, 1, 0.02), ("ogg", 22050, 1, 1), ("mp3", 44100, 2, 0.5),
+    ("wav", 8000, 1, 1), ("aiff", 16000, 6, 1)])
+def test_any_format_rate_loudness_and_number_of_channels_is_heard(suffix, rate, channels, loudness, demo):
+    samples = np.stack([er.soxr.resample(speech(), RATE, rate) * loudness] * channels, axis=1)
+    soundfile.write(f"a.{suffix}", samples, rate)
+    predictor = er.Predictor(demo[0].output_dir)
+    first, second = predictor.predict(f"a.{suffix}"), predictor.predict(samples.T, rate)
+    reference = predictor.predict(speech(), RATE)
+    for answer in (first, second):
+        assert list(answer.index) == ["AudioCNN"] and answer["predicted"].iloc[0] in er.EMOTIONS
+        assert np.allclose(answer[er.EMOTIONS], reference[er.EMOTIONS], atol=0.05)
+    whole = (samples[:, 0] * 32767).astype(np.int16)
+    assert np.allclose(predictor.predict(whole, rate)[er.EMOTIONS], second[er.EMOTIONS], atol=0.01)
+
+
+def test_librosa_is_asked_for_what_soundfile_cannot_read(demo, monkeypatch):
+    import librosa
+    touch(".", "a.m4a")
+    monkeypatch.setattr(librosa, "load", lambda path, sr: (er.soxr.resample(speech(), RATE, 44100), 44100))
+    predictor = er.Predictor(demo[0].output_dir)
+    assert np.allclose(predictor.predict("a.m4a")[er.EMOTIONS], predictor.predict(speech(), RATE)[er.EMOTIONS],
+                       atol=0.05)
+
+
+@pytest.mark.parametrize("samples", [
+    np.zeros(32000), np.zeros(0), np.random.default_rng(0).normal(size=48000) * 0.05,
+    np.sin(np.arange(48000) * 0.02) * 0.5, np.pad(np.ones(400) * 0.5, 8000)],
+    ids=["silence", "nothing", "hiss", "hum", "click"])
+def test_silence_and_steady_noise_are_no_speech(samples, demo):
+    predictor = er.Predictor(demo[0].output_dir)
+    answer = predictor.predict(samples, RATE, text="What a day.")
+    assert list(answer["predicted"]) == ["no speech"] and answer[er.EMOTIONS].isna().all(axis=None)
+    assert len(predictor.predict_over_time(samples, RATE)) == 0
+
+
+def test_a_long_recording_is_cut_into_windows_that_count_by_their_voice(demo):
+    predictor = er.Predictor(demo[0].output_dir)
+    pause = np.zeros(10 * RATE)
+    samples = np.concatenate([pause[:RATE], *[speech()] * 4, pause, *[speech()] * 4])
+    course = predictor.predict_over_time(samples, RATE)
+    assert course["start"].iloc[0] == pytest.approx(1.15, abs=0.1)
+    assert course["end"].iloc[-1] == pytest.approx(len(samples) / RATE, abs=0.2)
+    assert np.allclose(np.diff(course["start"])[:-1], 1.28)
+    assert np.allclose(course["end"] - course["start"], 2.56)
+    assert (course.loc[course["voiced"] == 0, "predicted"] == "no speech").sum() >= 4
+    expected = np.average(course[er.EMOTIONS], axis=0, weights=course["voiced"])
+    assert np.allclose(predictor.predict(samples, RATE)[er.EMOTIONS], expected)
+    assert len(predictor.predict_over_time(samples[:5 * RATE], RATE)) == 1
+
+
+def test_a_folder_is_answered_file_by_file(copied):
+    Path("own/deeper").mkdir(parents=True)
+    written("own/deeper/a b.wav", speech())
+    written("own/long.wav", np.tile(speech(), 8))
+    touch("own", "broken.mp3", "notes.txt")
+    er.main(["--demo", "--phase", "predict", "--input", "own"])
+    table = pd.read_csv(OUTPUT / "recordings/predictions.csv").set_index("recording")
+    assert list(table.index) == ["broken.mp3", "deeper/a b.wav", "long.wav"]
+    assert "not readable" in table["error"]["broken.mp3"] and table["error"].isna().sum() == 2
+    assert set(table["predicted"].dropna()) <= set(er.EMOTIONS)
+    assert table["marks"].str.contains("synthetic").all()
+    course = pd.read_csv(OUTPUT / "recordings/long.wav.csv")
+    assert len(course) > 5 and (OUTPUT / "recordings/long.wav.png").stat().st_size > 10000
+
+
+def test_json_is_one_document_and_nothing_else(copied, capsys):
+    written("a.wav", speech())
+    for argv, rows in (([], 1), (["--text", "What a day."], len(STEMS))):
+        er.main(["--demo", "--phase", "predict", "--input", "a.wav", "--json", *argv])
+        answer = json.loads(capsys.readouterr().out)
+        assert answer["recording"] == "a.wav" and len(answer["models"]) == rows
+        assert answer["answer"] == answer["models"][0]["predicted"] in er.EMOTIONS
+        assert sum(answer["models"][0]["probabilities"].values()) == pytest.approx(1, abs=1e-5)
+    assert answer["text_source"] == "--text" and answer["text"] == "What a day."
+
+
+def test_prediction_needs_nothing_but_checkpoints(copied):
+    for path in OUTPUT.rglob("*.*"):
+        if path.is_file() and path.suffix not in (".pth", ".json"):
+            path.unlink()
+    shutil.rmtree("archive")
+    written("a.wav", speech())
+    done = run_script("--demo", "--phase", "predict", "--input", "a.wav", "--text", "What a day.")
+    assert done.returncode == 0, done.stderr
+    assert "a.wav: " in done.stdout and "##" in done.stdout
+    assert "TextBERT (trained on simulated sentences): " in done.stdout
+
+
+def test_whisper_is_asked_only_when_its_weights_are_there(copied, capsys, request):
+    written("a.wav", speech())
+    command = ["--demo", "--phase", "predict", "--input", "a.wav", "--json"]
+    er.main(command)
+    assert "audio alone" in json.loads(capsys.readouterr().out)["text_source"]
+    er.main([*command, "--whisper-model", request.getfixturevalue("tiny_whisper")])
+    answer = json.loads(capsys.readouterr().out)
+    assert "little.pt" in answer["text_source"] and isinstance(answer["text"], str)
+    assert len(answer["models"]) == len(STEMS)
+
+
+@pytest.mark.benchmark
+def test_a_clip_of_four_seconds_is_answered_in_a_hundredth_of_its_time(demo):
+    predictor = er.Predictor(demo[0].output_dir)
+    written("a.wav", np.resize(speech(), 4 * RATE))
+    seconds, = seconds_of(lambda: predictor.predict("a.wav"))
+    print(f"\nprediction: {1000 * seconds:.1f} ms for 4 s: {4 / seconds:.0f} times real time")
+    assert seconds <= 0.04
+
+
 # %% Whisper
 @pytest.fixture
 def tiny_whisper(tmp_path, monkeypatch):
@@ -1437,6 +1565,16 @@ ONE_SENTENCE = {  # what is wrong: (command line, what the sentence must name, h
     "report, metrics cut": (REPORT, "metrics.json|--phase all", lambda _: cut(OUTPUT / "metrics.json", 200)),
     "report, foreign metrics": (REPORT, "metrics.json|--phase all",
                                 lambda _: (OUTPUT / "metrics.json").write_text("{}")),
+    "no recording named": ("--demo --phase predict", "--input"),
+    "no such recording": ("--demo --phase predict --input a.wav", "a.wav|does not exist|--input"),
+    "no recordings": ("--demo --phase predict --input own", "own|holds no recordings|--input",
+                      lambda _: remove("*")),
+    "a recording of text": ("--demo --phase predict --input a.wav", "a.wav|not readable|--input",
+                            lambda _: touch(".", "a.wav")),
+    "nothing trained": ("--phase predict --input own --output-dir none", f"{Path('none', CNN.name)}|--phase"),
+    "predict, hostile": ("--demo --phase predict --input own", f"{CNN}|--phase",
+                         lambda _: torch.save(Hostile(), CNN)),
+    "predict, other settings": ("--demo --phase predict --input own --n-mels 80", f"--n-mels 80|{CNN}"),
     "fusion, part missing": (FUSE, f"{CNN}|--run-models", lambda _: CNN.unlink()),
     "fusion, part cut": (FUSE, f"{CNN}|--run-models", lambda _: cut(CNN, 5000)),
     "fusion, part foreign": (FUSE, f"{CNN}|--run-models", lambda _: torch.save([1], CNN)),
