@@ -1014,8 +1014,8 @@ def test_librosa_is_asked_for_what_soundfile_cannot_read(demo, monkeypatch):
     touch(".", "a.m4a")
     monkeypatch.setattr(librosa, "load", lambda path, sr: (er.soxr.resample(speech(), RATE, 44100), 44100))
     predictor = er.Predictor(demo[0].output_dir)
-    assert np.allclose(predictor.predict("a.m4a")[er.EMOTIONS], predictor.predict(speech(), RATE)[er.EMOTIONS],
-                       atol=0.05)
+    expected = predictor.predict(speech(), RATE)[er.EMOTIONS]
+    assert np.allclose(predictor.predict("a.m4a")[er.EMOTIONS], expected, atol=0.05)
 
 
 @pytest.mark.parametrize("samples", [
