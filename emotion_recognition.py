@@ -2,7 +2,7 @@
 """
 # Speech emotion recognition on RAVDESS: sound, words, and both
 
-Trains five models and compares nine ways to tell eight emotions apart on speakers that none has ever heard:
+Trains five models and compares nine ways to tell emotions apart on speakers that none has ever heard:
 
     clip --> log-mel spectrogram ------------> AudioCNN ----------.---> early fusion: joined features,
      |                                                            |     one new classification head
@@ -12,6 +12,8 @@ Trains five models and compares nine ways to tell eight emotions apart on speake
     python emotion_recognition.py --demo                         everything, on a small synthetic corpus
     python emotion_recognition.py --folds 0,1,2,3,4              the cross-validation, every actor tested once
     python emotion_recognition.py --phase fusion --epochs-cnn 5  a part of it, with other settings
+    python emotion_recognition.py --phase study                  how reliable must words be to help?
+    python emotion_recognition.py --phase predict --input a.wav  what the trained models say to a recording
     python emotion_recognition.py --help                         every setting is a constant and a flag
 
 AudioCNN reaches 66.0 % UAR on unseen actors (chance 12.5; five folds, three seeds, 95 % interval 61.1 to
