@@ -2259,6 +2259,9 @@ class Predictor:
 
     def __init__(self, output_dir="outputs", device="cpu"):
         self.folder, self.device, self.loaded = SimpleNamespace(output_dir=output_dir), device, {}
+        runs = sorted(Path(output_dir).glob("fold_*_seed_*"))
+        if runs and not file_of(self.folder, "checkpoint", "cnn").exists():
+            raise UserError(f"{output_dir} holds several runs: name one of them, --output-dir {runs[0]}")
         checkpoint = read_checkpoint(file_of(self.folder, "checkpoint", "cnn"))
         self.classes, self.cfg = checkpoint["classes"], SimpleNamespace(**checkpoint["config"])
         self.heard = SimpleNamespace(**checkpoint["config"] | {"use_simulated_sentences": False})  # for marks
@@ -2312,15 +2315,19 @@ class Predictor:
         table = pd.DataFrame(windows, columns=["start", "end", "voiced", "mel", "emotion"])
         return table.astype({"emotion": pd.CategoricalDtype(self.classes)})
 
-    def answer(self, name, windows):
-        """Probabilities (W, C) of one row for windows with their transcript."""
-        if name in MODELS:
-            model, temperature = self.load(name)
-            dataset = ClipDataset(windows, model, self.cfg, self.device)
-            return (predict(model, dataset) / temperature).softmax(dim=1).numpy()
-        weights = read_back(weights_path(name, self.folder)) if name.startswith("learned") else None
-        return fuse_late(np.stack([self.answer(part, windows) for part in ROWS[name].parts]),
-                         weights and [weights[part] for part in ROWS[name].parts])
+    def answers(self, windows, names=("cnn",)):
+        """Probabilities (W, C) by row for windows with transcripts; parts stand before what they make."""
+        found = {}
+        for name in names:
+            if name in MODELS:
+                model, temperature = self.load(name)
+                dataset = ClipDataset(windows, model, self.cfg, self.device)
+                found[name] = (predict(model, dataset) / temperature).softmax(dim=1).numpy()
+                continue
+            weights = read_back(weights_path(name, self.folder)) if name.startswith("learned") else None
+            found[name] = fuse_late(np.stack([found[part] for part in ROWS[name].parts]),
+                                    weights and [weights[part] for part in ROWS[name].parts])
+        return found
 
     def rows(self):
         """The names of the rows that can answer when there is a text, AudioCNN first."""
@@ -2331,21 +2338,21 @@ class Predictor:
 
     def summarize(self, windows, text=None):
         """The table of `predict` from windows, which count as much as there is voice in them."""
-        lines = {}
-        for name in self.rows() if len(windows) and text is not None else ["cnn"]:
+        names, lines = self.rows() if len(windows) and text is not None else ["cnn"], {}
+        answers = self.answers(windows.assign(transcript=text), names) if len(windows) else {}
+        for name in names:
             values, found = np.full(len(self.classes), np.nan), NO_SPEECH
             if len(windows):
-                answers = self.answer(name, windows.assign(transcript=text))
-                values = np.average(answers, axis=0, weights=windows["voiced"])
+                values = np.average(answers[name], axis=0, weights=windows["voiced"])
                 found = self.classes[values.argmax()]
-            oracle = reads_oracle(name, self.cfg)
+            note = "trained on simulated sentences" * reads_oracle(name, self.cfg)
             lines[ROWS[name].title] = {"predicted": found, **dict(zip(self.classes, values.tolist())),
-                                       "note": "trained on simulated sentences" * oracle}
+                                       "note": note}
         return pd.DataFrame.from_dict(lines, orient="index").rename_axis("model")
 
     def follow(self, windows):
         """The table of `predict_over_time` from windows."""
-        answers = self.answer("cnn", windows) if len(windows) else np.zeros((0, len(self.classes)))
+        answers = self.answers(windows)["cnn"] if len(windows) else np.zeros((0, len(self.classes)))
         which = np.where(windows["voiced"] > 0, answers.argmax(axis=1), -1)
         found = np.array([*self.classes, NO_SPEECH])[which]
         columns = pd.DataFrame(answers, windows.index, self.classes)

@@ -11,6 +11,7 @@ The demo on six actors, one epoch per model, runs once (fixture `finished`); tes
 import ast
 import contextlib
 import functools
+import io
 import itertools
 import json
 import math
@@ -1572,6 +1573,8 @@ ONE_SENTENCE = {  # what is wrong: (command line, what the sentence must name, h
     "a recording of text": ("--demo --phase predict --input a.wav", "a.wav|not readable|--input",
                             lambda _: touch(".", "a.wav")),
     "nothing trained": ("--phase predict --input own --output-dir none", f"{Path('none', CNN.name)}|--phase"),
+    "several runs": ("--phase predict --input own --output-dir many", str(Path("many", "fold_0_seed_42")),
+                     lambda _: touch("many/fold_0_seed_42", "a")),
     "predict, hostile": ("--demo --phase predict --input own", f"{CNN}|--phase",
                          lambda _: torch.save(Hostile(), CNN)),
     "predict, other settings": ("--demo --phase predict --input own --n-mels 80", f"--n-mels 80|{CNN}"),
@@ -1600,6 +1603,76 @@ ONE_SENTENCE = {  # what is wrong: (command line, what the sentence must name, h
     "Whisper of text": (f"{WHISPER} a.pt", "--whisper-model a.pt", lambda _: touch(".", "a.pt")),
     "Whisper of others": (f"{WHISPER} a.pt", "--whisper-model a.pt", lambda _: torch.save({"a": 1}, "a.pt")),
 }
+
+
+# Anything at all: EXAMPLES=10000 pytest -k anything
+anything = settings(max_examples=int(os.environ.get("EXAMPLES", 100)), deadline=None)
+SOUND = st.sampled_from(["wav", "flac", "ogg", "mp3"])
+
+
+def damaged(content):
+    """Strategy: bytes of which some are overwritten, cut off or put in."""
+    place = st.integers(0, len(content))
+    return st.lists(st.tuples(place, place, st.binary(max_size=20)), max_size=4).map(
+        lambda changes: functools.reduce(
+            lambda data, change: data[:min(change[:2])] + change[2] + data[max(change[:2]):]
+            if abs(change[0] - change[1]) < 2000 else data[:change[0]] + change[2], changes, content))
+
+
+@anything
+@given(st.data(), SOUND)
+def test_anything_in_an_audio_file_is_a_spectrogram_or_a_reason(data, kind):
+    memory = io.BytesIO()
+    soundfile.write(memory, speech()[:4000], RATE, format=kind)
+    Path(f"a.{kind}").write_bytes(data.draw(damaged(memory.getvalue())))
+    _, reason = er.inspect_file(f"a.{kind}")
+    mel = er.prepare_clip(f"a.{kind}", config())
+    assert isinstance(reason, str)
+    assert (isinstance(mel, str) and mel) or (mel.shape[1] == 64 and len(mel) and np.isfinite(mel).all())
+
+
+@anything
+@given(st.lists(st.from_regex(r"0?[0-9]{1,2}(-[0-9]{1,3}){5,7}(.wav|.mp3|.txt| [(]1[)].wav)", fullmatch=True)
+                | st.from_regex(r"03-01(-0[0-9]){4}-[0-2][0-9].WAV", fullmatch=True), min_size=1, max_size=8))
+def test_anything_in_a_name_is_a_right_row_or_none(names):
+    shutil.rmtree("any", ignore_errors=True)
+    touch("any", *names)
+    good = [re.fullmatch(r"03-01-(0[1-8])-0[12]-0[12]-0[12]-(\d\d)", Path(name).stem) for name in names
+            if Path(name).suffix.lower() in er.AUDIO_SUFFIXES]
+    expected = {match[0]: (er.EMOTIONS[int(match[1]) - 1], int(match[2])) for match in good
+                if match and match[2] != "00"}
+    try:
+        clips, _ = er.index_clips("any")
+    except er.UserError as error:
+        assert not expected and "--ravdess-path" in str(error)
+        return
+    assert {row.clip: (row.emotion, row.actor) for row in clips.itertuples()} == expected
+
+
+FLAGS = st.sampled_from([name for name in er.SETTINGS if name != "DEMO"])
+WORDS = st.text(max_size=8) | st.integers().map(str) | st.floats().map(str) | st.sampled_from(
+    ["cnn,rnn", "0,1", "speaker", "random", "study", "both", "concat", "-1", "1e400", "0x10", "--demo"])
+
+
+@anything
+@given(st.lists(st.tuples(FLAGS, WORDS), max_size=4))
+def test_anything_on_the_command_line_is_settings_or_a_sentence(flags):
+    argv = [part for name, word in flags for part in (er.flag_of(name, "").split()[0], word)]
+    try:
+        cfg = er.parse_settings(argv)
+    except er.UserError as error:
+        assert str(error).count("\n") == 0 or any("\n" in word for _, word in flags)
+        return
+    er.check_settings(cfg)
+    assert all(type(getattr(cfg, name.lower())) in (kind, int, float) for name, kind in er.SETTINGS.items())
+
+
+@anything
+@given(st.binary(max_size=300) | st.text(st.sampled_from('a",;\n\r\t \0emotionsentence')).map(str.encode))
+def test_anything_in_a_sentence_table_is_a_bank_or_a_sentence(content):
+    Path("s.csv").write_bytes(content)
+    with pytest.raises(er.UserError, match=r"s\.csv"):  # a whole bank does not come by chance
+        er.read_sentences("s.csv")
 
 
 @pytest.mark.parametrize("case", ONE_SENTENCE)
