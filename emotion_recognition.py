@@ -1335,6 +1335,25 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device, enabled=self.precision == torch.float16)
         self.loss = nn.CrossEntropyLoss(label_smoothing=settings["label_smoothing"])
         self.average, self.ema_decay, self.steps = copy.deepcopy(model), settings["ema_decay"], 0
+        self.generators = [torch] if device == "cpu" else [torch, getattr(torch, device)]
+
+    def state(self):
+        """All that the next step depends on, as tensors and builtins."""
+        return {"steps": self.steps, "generators": [source.get_rng_state() for source in self.generators],
+                **{key: trained_tensors(getattr(self, key)) for key in ("model", "average")},
+                **{key: getattr(self, key).state_dict() for key in ("optimizer", "schedule", "scaler")}}
+
+    @torch.no_grad()
+    def load(self, state):
+        """Take over what `state()` gave; a state of something else raises almost anything."""
+        self.steps = state["steps"]
+        for key in ("model", "average"):
+            for name, tensor in trained_tensors(getattr(self, key)).items():
+                tensor.copy_(state[key][name])
+        for key in ("optimizer", "schedule", "scaler"):
+            getattr(self, key).load_state_dict(state[key])
+        for source, value in zip(self.generators, state["generators"]):
+            source.set_rng_state(value)
 
     @torch.no_grad()
     def update_average(self):
@@ -1361,16 +1380,44 @@ class Trainer:
         return float(loss.detach()), float((logits.argmax(dim=1) == label).float().mean())
 
 
-def fit(model, train, validation, settings, device):
-    """Train for the full schedule; the averaged model and a history row per epoch. Raises UserError."""
+def trained_tensors(model):
+    """The tensors of a model by name, without those of a fusion's frozen parts."""
+    return {key: value for key, value in model.state_dict().items() if not key.startswith("encoders.")}
+
+
+def resume(trainer, path, mark):
+    """The history so far of the training whose state lies at `path`, taken over by `trainer`; [] if none."""
+    if not path.exists():
+        return []
+    untouched = copy.deepcopy(trainer.state())
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        reason = differences(state["fingerprint"], mark)
+        if not reason:
+            trainer.load(state["trainer"])
+            return state["history"]
+    except Exception as error:  # truncated, foreign and hostile files raise many kinds
+        trainer.load(untouched)
+        reason = f"not usable, {type(error).__name__}"
+    print(f"  {path} is passed over ({reason}): training starts anew")
+    return []
+
+
+def fit(model, train, validation, settings, device, path, mark):
+    """Train for the full schedule; the averaged model and a history row per epoch. Raises UserError.
+
+    Every epoch leaves its state at `path`; the next call with the same `mark` goes on from there.
+    """
     loader = batches_of(train, settings["batch_size"], shuffle=True)
     trainer = Trainer(model, settings, settings["epochs"] * len(loader), device)
-    history = []
+    history = resume(trainer, path, mark)
+    if history:
+        print(f"  goes on after epoch {len(history)} of {settings['epochs']}")
     print("  epoch  train loss  train acc   val loss    val acc    val UAR  seconds")
-    for epoch in range(1, settings["epochs"] + 1):
+    for epoch in range(len(history) + 1, settings["epochs"] + 1):
         start = time.perf_counter()
         model.train()
-        loss, accuracy = np.mean([trainer.step(batch) for batch in loader], axis=0)
+        loss, accuracy = np.mean([trainer.step(batch) for batch in loader], axis=0).tolist()
         if not math.isfinite(loss):
             raise UserError(f"the training loss is {loss} in epoch {epoch}: lower --learning-rate")
         logits = predict(trainer.average, validation)
@@ -1381,6 +1428,8 @@ def fit(model, train, validation, settings, device):
                         "validation_uar": recall(true, found), "seconds": time.perf_counter() - start})
         print("  {:5d} {:11.3f} {:10.1%} {:10.3f} {:10.1%} {:10.1%} {:8.1f}".format(*history[-1].values()),
               flush=True)
+        with replacing(path) as temporary:
+            torch.save({"fingerprint": mark, "history": history, "trainer": trainer.state()}, temporary)
     return trainer.average, pd.DataFrame(history)
 
 
@@ -1522,8 +1571,16 @@ def out_of_date(cfg, name, clips=None):
         return str(error)
 
 
+def state_file(cfg, name):
+    """The path of the state of an unfinished training."""
+    return Path(cfg.output_dir, f"{ROWS[name].stem}_training.pth")
+
+
 def train_model(name, clips, cfg, device):
-    """Train one model; write history, predictions and checkpoint, keeping the old one as *.previous.pth."""
+    """Train one model; write history, predictions and checkpoint, keeping the old one as *.previous.pth.
+
+    Whenever it is killed, the state of its last epoch is there until the checkpoint is.
+    """
     settings, path = settings_for(cfg, name), file_of(cfg, "checkpoint", name)
     model = build_model(name, clips, cfg, device)
     parts = {split: clips[clips["split"] == split] for split in SPLITS}
@@ -1531,7 +1588,9 @@ def train_model(name, clips, cfg, device):
     fixed = {split: ClipDataset(part, model, cfg, device) for split, part in parts.items()}
     size = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"\n{ROWS[name].title}: {size:,} trained parameters, {len(train)} clips", flush=True)
-    model, history = fit(model, train, fixed["validation"], settings, device)
+    mark, state = fingerprint(cfg, name, clips), state_file(cfg, name)
+    model, history = fit(model, train, fixed["validation"], settings, device, state,
+                         mark | {"device": f"{device} {training_precision(device)}"})
     logits = {split: predict(model, dataset) for split, dataset in fixed.items()}
     temperature = fit_temperature(logits["validation"], fixed["validation"].labels)
     probabilities = {split: (values / temperature).softmax(dim=1).numpy() for split, values in logits.items()}
@@ -1545,9 +1604,10 @@ def train_model(name, clips, cfg, device):
         torch.save({
             "model": name, "spec": model.spec, "weights": model.state_dict(), "classes": classes,
             "temperature": temperature, "features": {key: getattr(cfg, key) for key in FEATURES},
-            "config": settings_of(cfg), "versions": versions(), "fingerprint": fingerprint(cfg, name, clips),
+            "config": settings_of(cfg), "versions": versions(), "fingerprint": mark,
             "scores": score(probabilities["validation"], fixed["validation"].labels.numpy(), classes),
             "epochs": settings["epochs"], "marks": marks(cfg)}, temporary)
+    state.unlink(missing_ok=True)
 
 
 def predictions_table(clips, probabilities):
@@ -2559,13 +2619,13 @@ def check_needs(runs, names, cfg):
     """Find now what would stop the run after an hour: packages, encoder, disk. Raises UserError."""
     load_torchaudio()
     todo = {(run.output_dir, name) for run in runs for name in names if out_of_date(run, name)}
-    encoders = sum("bert" in name for _, name in todo)  # that checkpoints are to hold
+    encoders = sum("bert" in name for _, name in todo)  # that checkpoints hold; a training's state has four
     size = sum(p.numel() for p in load_text_encoder(cfg.bert_model)[2].parameters()) if encoders else 0
     if importlib.util.find_spec("docx") is None:
         print(f"The .docx will be left out: {docx_advice}")
     folder = Path(cfg.output_dir)
     save(folder / "cache" / "writable.key", b"")
-    free, need = shutil.disk_usage(folder).free / 1e9, 0.3 + 5e-9 * size * encoders  # floats of 4 bytes
+    free, need = shutil.disk_usage(folder).free / 1e9, 0.3 + 5e-9 * size * (encoders + 8)  # 4 bytes each
     if free < need:
         raise UserError(f"{folder} has {free:.1f} GB left of {need:.1f} needed: name another --output-dir")
 
@@ -2597,6 +2657,7 @@ def plan_training(clips, names, cfg, device, following=0):
             old = read_checkpoint(file_of(cfg, "checkpoint", name))
         before = f"{old['epochs']} epochs, validation UAR {old['scores']['uar']:.1%}" if old else ""
         if name not in todo:
+            state_file(cfg, name).unlink(missing_ok=True)  # of a training that was killed in its last moment
             print(f"  {ROWS[name].title:24} reused ({before})")
             continue
         for part in MODELS[name].parts or [name]:
