@@ -2164,8 +2164,8 @@ def study_settings(cfg):
 def share_audio(source, target):
     """Copy the AudioCNN of one level's runs to those of another: noise in the words does not concern it."""
     for run, other in zip(runs_of(source), runs_of(target)):
-        for kind in FILES if out_of_date(other, "cnn") and not out_of_date(run, "cnn") else ():
-            save(file_of(other, kind, "cnn"), file_of(run, kind, "cnn").read_bytes())
+        for kind in reversed(FILES) if out_of_date(other, "cnn") and not out_of_date(run, "cnn") else ():
+            save(file_of(other, kind, "cnn"), file_of(run, kind, "cnn").read_bytes())  # the checkpoint last
 
 
 def study_table(levels):
@@ -2565,8 +2565,9 @@ def write_demo_encoder(folder):
     tokenizer = tokenizers.BertWordPieceTokenizer(ids, lowercase=True)._tokenizer
     torch.manual_seed(0)
     config = transformers.DistilBertConfig(vocab_size=len(ids), dim=64, n_layers=2, n_heads=4, hidden_dim=128)
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
-    transformers.DistilBertModel(config).save_pretrained(folder)
+    with replacing(folder) as temporary:
+        transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(temporary)
+        transformers.DistilBertModel(config).save_pretrained(temporary)
 
 
 # %% 21. The phases and main
@@ -2745,9 +2746,25 @@ def experiment(clips, audit, names, cfg, device):
     evaluate(runs, tables, reasons, sentences, cfg)
 
 
-def main(argv=None):
-    """Run the phases that the settings ask for; `argv` as on the command line. Raises UserError."""
-    cfg = parse_settings(argv)
+@contextlib.contextmanager
+def locked(cfg):
+    """Keep other runs out of all folders that this one writes to, until it ends or is killed."""
+    import filelock
+    levels = study_settings(cfg) if cfg.phase != "report" or Path(cfg.output_dir).exists() else []
+    with contextlib.ExitStack() as locks:
+        for folder in dict.fromkeys(run.output_dir for level in levels for run in [level, *runs_of(level)]):
+            try:
+                locks.enter_context(filelock.FileLock(Path(folder, "cache", "run.lock"), timeout=0))
+            except filelock.Timeout:
+                raise UserError(f"another run is at work in {folder}: wait until it ends or name another "
+                                "--output-dir") from None
+            except OSError as error:
+                raise UserError(f"{folder} cannot be written ({error}): name another --output-dir") from error
+        yield
+
+
+def run_phases(cfg):
+    """Do what the settings ask for. Raises UserError."""
     if not in_kernel():
         plt.switch_backend("agg")
         with contextlib.suppress(AttributeError):
@@ -2776,6 +2793,13 @@ def main(argv=None):
         save_table(Path(cfg.output_dir, STUDY), study_table(levels), cfg)
     if cfg.phase in ("all", "study"):
         report_phase(cfg)
+
+
+def main(argv=None):
+    """Run the phases that the settings ask for; `argv` as on the command line. Raises UserError."""
+    cfg = parse_settings(argv)
+    with contextlib.nullcontext() if cfg.phase == "predict" else locked(cfg):  # that changes no result
+        run_phases(cfg)
 
 
 # %% 22. Run
