@@ -1337,6 +1337,25 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device, enabled=self.precision == torch.float16)
         self.loss = nn.CrossEntropyLoss(label_smoothing=settings["label_smoothing"])
         self.average, self.ema_decay, self.steps = copy.deepcopy(model), settings["ema_decay"], 0
+        self.generators = [torch] if device == "cpu" else [torch, getattr(torch, device)]
+
+    def state(self):
+        """All that the next step depends on, as tensors and builtins."""
+        return {"steps": self.steps, "generators": [source.get_rng_state() for source in self.generators],
+                **{key: trained_tensors(getattr(self, key)) for key in ("model", "average")},
+                **{key: getattr(self, key).state_dict() for key in ("optimizer", "schedule", "scaler")}}
+
+    @torch.no_grad()
+    def load(self, state):
+        """Take over what `state()` gave; a state of something else raises almost anything."""
+        self.steps = state["steps"]
+        for key in ("model", "average"):
+            for name, tensor in trained_tensors(getattr(self, key)).items():
+                tensor.copy_(state[key][name])
+        for key in ("optimizer", "schedule", "scaler"):
+            getattr(self, key).load_state_dict(state[key])
+        for source, value in zip(self.generators, state["generators"]):
+            source.set_rng_state(value)
 
     @torch.no_grad()
     def update_average(self):
@@ -1363,16 +1382,44 @@ class Trainer:
         return float(loss.detach()), float((logits.argmax(dim=1) == label).float().mean())
 
 
-def fit(model, train, validation, settings, device):
-    """Train for the full schedule; the averaged model and a history row per epoch. Raises UserError."""
+def trained_tensors(model):
+    """The tensors of a model by name, without those of a fusion's frozen parts."""
+    return {key: value for key, value in model.state_dict().items() if not key.startswith("encoders.")}
+
+
+def resume(trainer, path, mark):
+    """The history so far of the training whose state lies at `path`, taken over by `trainer`; [] if none."""
+    if not path.exists():
+        return []
+    untouched = copy.deepcopy(trainer.state())
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        reason = differences(state["fingerprint"], mark)
+        if not reason:
+            trainer.load(state["trainer"])
+            return state["history"]
+    except Exception as error:  # truncated, foreign and hostile files raise many kinds
+        trainer.load(untouched)
+        reason = f"not usable, {type(error).__name__}"
+    print(f"  {path} is passed over ({reason}): training starts anew")
+    return []
+
+
+def fit(model, train, validation, settings, device, path, mark):
+    """Train for the full schedule; the averaged model and a history row per epoch. Raises UserError.
+
+    Every epoch leaves its state at `path`; the next call with the same `mark` goes on from there.
+    """
     loader = batches_of(train, settings["batch_size"], shuffle=True)
     trainer = Trainer(model, settings, settings["epochs"] * len(loader), device)
-    history = []
+    history = resume(trainer, path, mark)
+    if history:
+        print(f"  goes on after epoch {len(history)} of {settings['epochs']}")
     print("  epoch  train loss  train acc   val loss    val acc    val UAR  seconds")
-    for epoch in range(1, settings["epochs"] + 1):
+    for epoch in range(len(history) + 1, settings["epochs"] + 1):
         start = time.perf_counter()
         model.train()
-        loss, accuracy = np.mean([trainer.step(batch) for batch in loader], axis=0)
+        loss, accuracy = np.mean([trainer.step(batch) for batch in loader], axis=0).tolist()
         if not math.isfinite(loss):
             raise UserError(f"the training loss is {loss} in epoch {epoch}: lower --learning-rate")
         logits = predict(trainer.average, validation)
@@ -1383,6 +1430,8 @@ def fit(model, train, validation, settings, device):
                         "validation_uar": recall(true, found), "seconds": time.perf_counter() - start})
         print("  {:5d} {:11.3f} {:10.1%} {:10.3f} {:10.1%} {:10.1%} {:8.1f}".format(*history[-1].values()),
               flush=True)
+        with replacing(path) as temporary:
+            torch.save({"fingerprint": mark, "history": history, "trainer": trainer.state()}, temporary)
     return trainer.average, pd.DataFrame(history)
 
 
@@ -1524,8 +1573,16 @@ def out_of_date(cfg, name, clips=None):
         return str(error)
 
 
+def state_file(cfg, name):
+    """The path of the state of an unfinished training."""
+    return Path(cfg.output_dir, f"{ROWS[name].stem}_training.pth")
+
+
 def train_model(name, clips, cfg, device):
-    """Train one model; write history, predictions and checkpoint, keeping the old one as *.previous.pth."""
+    """Train one model; write history, predictions and checkpoint, keeping the old one as *.previous.pth.
+
+    Whenever it is killed, the state of its last epoch is there until the checkpoint is.
+    """
     settings, path = settings_for(cfg, name), file_of(cfg, "checkpoint", name)
     model = build_model(name, clips, cfg, device)
     parts = {split: clips[clips["split"] == split] for split in SPLITS}
@@ -1533,7 +1590,9 @@ def train_model(name, clips, cfg, device):
     fixed = {split: ClipDataset(part, model, cfg, device) for split, part in parts.items()}
     size = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"\n{ROWS[name].title}: {size:,} trained parameters, {len(train)} clips", flush=True)
-    model, history = fit(model, train, fixed["validation"], settings, device)
+    mark, state = fingerprint(cfg, name, clips), state_file(cfg, name)
+    model, history = fit(model, train, fixed["validation"], settings, device, state,
+                         mark | {"device": f"{device} {training_precision(device)}"})
     logits = {split: predict(model, dataset) for split, dataset in fixed.items()}
     temperature = fit_temperature(logits["validation"], fixed["validation"].labels)
     probabilities = {split: (values / temperature).softmax(dim=1).numpy() for split, values in logits.items()}
@@ -1547,9 +1606,10 @@ def train_model(name, clips, cfg, device):
         torch.save({
             "model": name, "spec": model.spec, "weights": model.state_dict(), "classes": classes,
             "temperature": temperature, "features": {key: getattr(cfg, key) for key in FEATURES},
-            "config": settings_of(cfg), "versions": versions(), "fingerprint": fingerprint(cfg, name, clips),
+            "config": settings_of(cfg), "versions": versions(), "fingerprint": mark,
             "scores": score(probabilities["validation"], fixed["validation"].labels.numpy(), classes),
             "epochs": settings["epochs"], "marks": marks(cfg)}, temporary)
+    state.unlink(missing_ok=True)
 
 
 def predictions_table(clips, probabilities):
@@ -2107,8 +2167,8 @@ def study_settings(cfg):
 def share_audio(source, target):
     """Copy the AudioCNN of one level's runs to those of another: noise in the words does not concern it."""
     for run, other in zip(runs_of(source), runs_of(target)):
-        for kind in FILES if out_of_date(other, "cnn") and not out_of_date(run, "cnn") else ():
-            save(file_of(other, kind, "cnn"), file_of(run, kind, "cnn").read_bytes())
+        for kind in reversed(FILES) if out_of_date(other, "cnn") and not out_of_date(run, "cnn") else ():
+            save(file_of(other, kind, "cnn"), file_of(run, kind, "cnn").read_bytes())  # the checkpoint last
 
 
 def study_table(levels):
@@ -2515,8 +2575,9 @@ def write_demo_encoder(folder):
     tokenizer = tokenizers.BertWordPieceTokenizer(ids, lowercase=True)._tokenizer
     torch.manual_seed(0)
     config = transformers.DistilBertConfig(vocab_size=len(ids), dim=64, n_layers=2, n_heads=4, hidden_dim=128)
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
-    transformers.DistilBertModel(config).save_pretrained(folder)
+    with replacing(folder) as temporary:
+        transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(temporary)
+        transformers.DistilBertModel(config).save_pretrained(temporary)
 
 
 # %% 21. The phases and main
@@ -2569,13 +2630,13 @@ def check_needs(runs, names, cfg):
     """Find now what would stop the run after an hour: packages, encoder, disk. Raises UserError."""
     load_torchaudio()
     todo = {(run.output_dir, name) for run in runs for name in names if out_of_date(run, name)}
-    encoders = sum("bert" in name for _, name in todo)  # that checkpoints are to hold
+    encoders = sum("bert" in name for _, name in todo)  # that checkpoints hold; a training's state has four
     size = sum(p.numel() for p in load_text_encoder(cfg.bert_model)[2].parameters()) if encoders else 0
     if importlib.util.find_spec("docx") is None:
         print(f"The .docx will be left out: {docx_advice}")
     folder = Path(cfg.output_dir)
     save(folder / "cache" / "writable.key", b"")
-    free, need = shutil.disk_usage(folder).free / 1e9, 0.3 + 5e-9 * size * encoders  # floats of 4 bytes
+    free, need = shutil.disk_usage(folder).free / 1e9, 0.3 + 5e-9 * size * (encoders + 8)  # 4 bytes each
     if free < need:
         raise UserError(f"{folder} has {free:.1f} GB left of {need:.1f} needed: name another --output-dir")
 
@@ -2607,6 +2668,7 @@ def plan_training(clips, names, cfg, device, following=0):
             old = read_checkpoint(file_of(cfg, "checkpoint", name))
         before = f"{old['epochs']} epochs, validation UAR {old['scores']['uar']:.1%}" if old else ""
         if name not in todo:
+            state_file(cfg, name).unlink(missing_ok=True)  # of a training that was killed in its last moment
             print(f"  {ROWS[name].title:24} reused ({before})")
             continue
         for part in MODELS[name].parts or [name]:
@@ -2694,9 +2756,25 @@ def experiment(clips, audit, names, cfg, device):
     evaluate(runs, tables, reasons, sentences, cfg)
 
 
-def main(argv=None):
-    """Run the phases that the settings ask for; `argv` as on the command line. Raises UserError."""
-    cfg = parse_settings(argv)
+@contextlib.contextmanager
+def locked(cfg):
+    """Keep other runs out of all folders that this one writes to, until it ends or is killed."""
+    import filelock
+    levels = study_settings(cfg) if cfg.phase != "report" or Path(cfg.output_dir).exists() else []
+    with contextlib.ExitStack() as locks:
+        for folder in dict.fromkeys(run.output_dir for level in levels for run in [level, *runs_of(level)]):
+            try:
+                locks.enter_context(filelock.FileLock(Path(folder, "cache", "run.lock"), timeout=0))
+            except filelock.Timeout:
+                raise UserError(f"another run is at work in {folder}: wait until it ends or name another "
+                                "--output-dir") from None
+            except OSError as error:
+                raise UserError(f"{folder} cannot be written ({error}): name another --output-dir") from error
+        yield
+
+
+def run_phases(cfg):
+    """Do what the settings ask for. Raises UserError."""
     if not in_kernel():
         plt.switch_backend("agg")
         with contextlib.suppress(AttributeError):
@@ -2725,6 +2803,13 @@ def main(argv=None):
         save_table(Path(cfg.output_dir, STUDY), study_table(levels), cfg)
     if cfg.phase in ("all", "study"):
         report_phase(cfg)
+
+
+def main(argv=None):
+    """Run the phases that the settings ask for; `argv` as on the command line. Raises UserError."""
+    cfg = parse_settings(argv)
+    with contextlib.nullcontext() if cfg.phase == "predict" else locked(cfg):  # that changes no result
+        run_phases(cfg)
 
 
 # %% 22. Run
