@@ -974,6 +974,183 @@ def test_the_command_line_runs_the_demo():
     assert DOCUMENT.exists()
 
 
+# %% Another corpus
+OWN_REPORT = "outputs/emotion_recognition_report.docx"
+
+
+def own_corpus(emotions, speakers=(1, 2, 3, 4), takes=1, **columns):
+    """Write clips and own/corpus.csv, columns as functions of (emotion, speaker, take); returns the flags."""
+    columns = {"emotion": lambda emotion, *_: emotion, "speaker": lambda _, speaker, __: speaker} | columns
+    rng, lines = np.random.default_rng(0), []
+    for what in itertools.product(emotions, speakers, range(takes)):
+        voice, actor = er.EMOTIONS[emotions.index(what[0]) % 8], speakers.index(what[1])
+        touch("own", f"sound/{len(lines):03}.wav")
+        path = written(f"own/sound/{len(lines):03}.wav", er.synthesize(voice, actor, rng, RATE))
+        lines.append({"path": path.relative_to("own")} | {key: of(*what) for key, of in columns.items()})
+    pd.DataFrame(lines).to_csv("own/corpus.csv", index=False)
+    return ["--manifest", "own/corpus.csv", *TINY]
+
+
+def manifest(*lines, header="path,emotion,speaker,split", path="m.csv"):
+    """Write a table of clips; files of these names are there, but no sound."""
+    Path(path).write_text("\n".join([header, *lines]), encoding="utf-8")
+    touch(".", *(line.split(",")[0].replace("\\", "/") for line in lines if line[0] not in ",/"))
+    return path
+
+
+def third(line, last="sad", **options):
+    """What writes a manifest with this line as its third."""
+    return lambda _: manifest("a.wav,happy,1,train", line, f"c.wav,{last},2,test", **options)
+
+
+def text_of(path):
+    """All text of a .docx, its tables and header too."""
+    import docx
+    document = docx.Document(path)
+    cells = [cell.text for table in document.tables for row in table.rows for cell in row.cells]
+    return "\n".join([document.sections[0].header.paragraphs[0].text, *cells,
+                      *(part.text for part in document.paragraphs)])
+
+
+def test_a_manifest_has_its_own_emotions_those_of_ravdess_first_then_by_alphabet():
+    clips, audit = er.index_manifest(manifest(
+        "b.wav, Zeal ,7,", "x\\a.wav,SAD,12,", "c.wav,pleased  a lot,7,", "d.wav,neutral,7,",
+        "/no/e.wav,sad,7,"))
+    assert er.classes_of(clips) == ["neutral", "sad", "pleased a lot", "zeal"]
+    assert list(clips) == ["clip", "path", "emotion", "actor", "digest"] and audit["lines"] == 5
+    assert list(clips["clip"]) == ["b.wav", "c.wav", "d.wav", "x/a.wav"]
+    assert clips["actor"].tolist() == [7, 7, 7, 12] and list(audit["left_out"]) == [str(Path("/no/e.wav"))]
+
+
+def test_paths_of_a_manifest_start_in_its_folder():
+    touch("deep", "sound/a.wav", "sound/b.wav")
+    manifest("sound/a.wav,happy", f"{Path.cwd() / 'deep/sound/b.wav'},sad", header="path,emotion",
+             path="deep/m.csv")
+    clips, audit = er.index_manifest("deep/m.csv")
+    there = {Path("deep/sound/a.wav"), Path.cwd() / "deep/sound/b.wav"}
+    assert {Path(path) for path in clips["path"]} == there
+    assert audit["left_out"] == {} and list(clips["actor"]) == ["", ""]
+
+
+@pytest.mark.parametrize(("speakers", "expected"), [
+    (["2", "10"], [2, 10]), (["02", "10"], ["02", "10"]), (["nan", "1"], ["nan", "1"]),
+    (["1.0", "2"], ["1.0", "2"])])
+def test_speakers_are_numbers_only_if_all_are_whole_and_plain(speakers, expected):
+    clips, _ = er.index_manifest(manifest(f"a.wav,happy,{speakers[0]}", f"b.wav,sad,{speakers[1]}",
+                                          header="path,emotion,speaker"))
+    assert clips["actor"].tolist() == expected
+
+
+@pytest.mark.parametrize("fold", range(4))
+def test_a_manifest_is_split_by_speaker(fold):
+    speakers = ["ann", "bob", "cy", "dee"]
+    lines = [f"{name}_{emotion}.wav,{emotion},{name}" for name in speakers for emotion in ("sad", "odd")]
+    clips, _ = er.index_manifest(manifest(*lines, header="path,emotion,speaker"))
+    cfg = config(folds=str(fold), manifest="m.csv")
+    er.adapt_settings(cfg, clips)
+    clips = er.split_clips(clips, cfg)
+    assert set(clips["actor"][clips["split"] == "test"]) == {speakers[fold]} and cfg.split == "speaker"
+    assert clips.groupby("actor")["split"].nunique().max() == 1
+
+
+@pytest.mark.parametrize(("second", "split", "shared"), [
+    ("2", "manifest", ""), ("1", "shared", "1 actors stand in several splits")])
+def test_a_split_of_the_manifest_is_kept_and_shared_speakers_are_counted(second, split, shared):
+    lines = [f"{emotion}{place}.wav,{emotion},{speaker},{name}" for emotion in ("sad", "odd")
+             for place, (speaker, name) in enumerate((("1", "train"), (second, "Test"), ("3", "validation")))]
+    clips, _ = er.index_manifest(manifest(*lines))
+    cfg = config(manifest="m.csv")
+    er.adapt_settings(cfg, clips)
+    clips = er.split_clips(clips, cfg)
+    assert list(clips["split"]) == ["train", "test", "validation"] * 2
+    sentence = er.describe_split(clips, cfg)
+    assert cfg.split == split and sentence.startswith("Split of the manifest: train 2 clips of actors 1; ")
+    assert shared in sentence if shared else "stand in" not in sentence
+    assert ("speakers shared" in str(er.marks(cfg))) == bool(shared)
+
+
+def test_without_speakers_the_split_is_random_and_everything_says_so():
+    command = own_corpus(["sad", "happy"], takes=3, speaker=lambda *_: "", transcript=lambda *_: "So it is.")
+    er.main([*command, "--phase", "unimodal", "--run-models", "rnn"])
+    figures, clips = read_json("outputs/metrics.json"), pd.read_csv("outputs/clips.csv")
+    assert figures["marks"] == ["random split: speakers shared between splits"]
+    assert "No speakers are named" in str(figures["audit"]) and "of actors" not in str(figures["audit"])
+    assert set(clips["split"]) == set(er.SPLITS) and figures["rows"]["rnn"]["status"] == "run"
+    table = er.read_predictions(config(), "rnn")
+    assert list(er.voices_of(table)) == list(table["clip"]) and set(table["actor"]) == {""}
+
+
+def test_names_that_look_like_something_else_survive_the_whole_pipeline(trained):
+    emotions, speakers = ["nan", "null", "$x_y", "<b>&", "1", "happy"], ["001", "NA", "None", "$s_1$"]
+    command = own_corpus(emotions, speakers, transcript=lambda emotion, *_: f"<i>& $a_ {emotion}\x07\u4f60")
+    command += ["--run-models", "cnn,rnn,fusion_rnn", "--test-views", "2"]
+    er.main(command)
+    figures = read_json("outputs/metrics.json")
+    ran = {name: row for name, row in figures["rows"].items() if row["status"] == "run"}
+    assert set(ran) == {"cnn", "cnn_views", "rnn", "fusion_rnn", "late_rnn", "learned_rnn"}
+    assert figures["classes"] == ["happy", "$x_y", "1", "<b>&", "nan", "null"]
+    assert figures["marks"] == [] and "oracle" not in str([row["title"] for row in ran.values()])
+    for name in ran:
+        table = er.read_predictions(config(), name)
+        assert set(table["actor"]) == set(speakers) and er.classes_of(table) == figures["classes"]
+        assert set(table["true"]) == set(emotions) and set(table["predicted"]) <= set(emotions)
+    text = text_of(OWN_REPORT)
+    for words in ("corpus.csv, unseen speakers", "<b>&", "$x_y", "16.7 %", "001: 6", "of own/corpus.csv"):
+        assert words in text, words
+    for words in ("RAVDESS,", "oracle", "intensity", "Simulated sentences", "North American"):
+        assert words not in text, words
+    import docx
+    assert min(len(table.rows) for table in docx.Document(OWN_REPORT).tables) > 1
+    er.main(command)
+    assert trained == ["cnn", "rnn", "fusion_rnn"]
+
+
+def test_an_emotion_without_sentences_leaves_sound_alone():
+    er.main([*own_corpus(["happy", "contempt"]), "--phase", "unimodal"])
+    figures = read_json("outputs/metrics.json")
+    rows = figures["rows"]
+    assert rows["cnn"]["status"] == "run" and figures["marks"] == []
+    reason = "not run: no sentences for contempt: add a column transcript to own/corpus.csv"
+    assert all(rows[name]["status"].startswith(reason) for name in ("rnn", "bert", "fusion_rnn"))
+    assert rows["late_rnn"]["status"] == "not run: TextRNN did not run"
+
+
+def test_own_sentences_serve_the_emotions_of_a_manifest_and_are_an_oracle():
+    emotions = ["happy", "contempt"]
+    write_sentences("s.csv", "contempt,Of course.", emotions=emotions)
+    er.main([*own_corpus(emotions), "--phase", "data", "--sentences-csv", "s.csv"])
+    clips = pd.read_csv("outputs/clips.csv")
+    said = {"Of course.": "contempt"}
+    drawn = (said.get(text, text.split()[-2]) for text in clips["transcript"])
+    assert list(drawn) == list(clips["emotion"])
+    assert read_json("outputs/audit.json")["marks"] == ["text: simulated sentences (oracle)"]
+
+
+NAMES = {  # of the README's corpora: file names with the emotion and speaker that are meant
+    "CREMA-D": {"AudioWAV/1001_DFA_ANG_XX.wav": ("angry", "1001"), "1091_WSI_SAD_HI.wav": ("sad", "1091")},
+    "TESS": {"OAF_angry/OAF_back_angry.wav": ("angry", "OAF"), "copy/OAF_back_angry.wav": ("angry", "OAF"),
+             "YAF_Pleasant/YAF_young_ps.wav": ("surprised", "YAF"), "OAF_dog_fear.wav": ("fearful", "OAF"),
+             "OAF_neutral/OA_bite_neutral.wav": ("neutral", "OAF")},
+    "SAVEE": {"DC_a01.wav": ("angry", "DC"), "JE/sa01.wav": ("sad", "JE"),
+              "KL/KL_su01.wav": ("surprised", "KL"), "AudioData/JK/n30.wav": ("neutral", "JK")},
+    "EMO-DB": {"wav/03a01Wa.wav": ("angry", "03"), "wav/16b10Lb.wav": ("bored", "16"),
+               "08a02Fe.wav": ("happy", "08"), "03a01Ab.wav": ("fearful", "03")},
+}
+
+
+@pytest.mark.parametrize("corpus", NAMES)
+def test_the_recipes_of_the_readme_make_manifests(corpus):
+    text = (SCRIPT.parent / "README.md").read_text(encoding="utf-8").split("## Another corpus")[1]
+    recipes = re.findall(r"```python\n(.+?)```", text, re.DOTALL)
+    (recipe,) = [code for code in recipes if f'"{corpus}"' in code]
+    touch(corpus, *NAMES[corpus])
+    exec(recipe, {})
+    clips, audit = er.index_manifest(f"{corpus.lower()}.csv")
+    found = {Path(row.clip).name: (row.emotion, str(row.actor)) for row in clips.itertuples()}
+    assert found == {Path(name).name: meant for name, meant in NAMES[corpus].items()}
+    assert audit["left_out"] == {} and ("transcript" in clips) == (corpus == "TESS")
+
+
 # %% Whisper
 @pytest.fixture
 def tiny_whisper(tmp_path, monkeypatch):
@@ -1362,8 +1539,8 @@ class Hostile:
         return Path.touch, (Path("executed"),)
 
 
-def remove(pattern):
-    for path in [path for path in Path("own").rglob(pattern) if path.is_file()]:
+def remove(pattern, folder="own"):
+    for path in [path for path in Path(folder).rglob(pattern) if path.is_file()]:
         path.unlink()
 
 
@@ -1374,10 +1551,10 @@ def rename_mask(folder):
         path.write_text(path.read_text(encoding="utf-8").replace("[MASK]", "<mask>"), encoding="utf-8")
 
 
-def write_sentences(path, third="happy,What a day.", last=5):
+def write_sentences(path, third="happy,What a day.", last=5, emotions=er.EMOTIONS):
     """A table of five sentences an emotion, `last` for the last one, with `third` as its third line."""
-    lines = [f"{emotion},Sentence {emotion} {number}" for emotion in er.EMOTIONS
-             for number in range(last if emotion == er.EMOTIONS[-1] else 5)]
+    lines = [f"{emotion},Sentence {emotion} {number}" for emotion in emotions
+             for number in range(last if emotion == emotions[-1] else 5)]
     Path(path).write_text("\n".join(["emotion,sentence", lines[0], third, *lines[1:]]), encoding="utf-8")
 
 
@@ -1391,7 +1568,7 @@ def break_torchaudio(monkeypatch):
 
 
 CNN, CACHE = OUTPUT / "AudioCNN_best.pth", OUTPUT / "ravdess_transcripts_simulated.pkl"
-OWN, REPORT = f"--ravdess-path {CORPUS}", "--demo --phase report"
+OWN, REPORT, OWN_CSV = f"--ravdess-path {CORPUS}", "--demo --phase report", "--manifest m.csv"
 FUSE = "--demo --phase fusion --run-models fusion_rnn"
 WHISPER = f"{OWN} --phase data --no-use-simulated-sentences --whisper-model"
 ONE_SENTENCE = {  # what is wrong: (command line, what the sentence must name, how it is made so)
@@ -1459,6 +1636,42 @@ ONE_SENTENCE = {  # what is wrong: (command line, what the sentence must name, h
     "no sentence table": (f"{OWN} --sentences-csv s.csv", "s.csv|CSV|--sentences-csv"),
     "other columns": (f"{OWN} --sentences-csv s.csv", "s.csv|line 1",
                       lambda _: Path("s.csv").write_text("a,b\n1,2\n")),
+    "manifest and demo": (f"--demo {OWN_CSV}", "--manifest m.csv|--demo"),
+    "manifest and corpus": (f"{OWN} {OWN_CSV}", "--manifest m.csv|--ravdess-path"),
+    "no manifest": (OWN_CSV, "m.csv|CSV|--manifest"),
+    "manifest, no emotions": (OWN_CSV, "m.csv|path and emotion in line 1|--manifest",
+                              third("b.wav", header="path,feeling")),
+    "manifest, no path": (OWN_CSV, "m.csv line 3|no path|--manifest", third(",sad,1,train")),
+    "manifest, no emotion": (OWN_CSV, "m.csv line 3|no emotion", third("b.wav, ,1,train")),
+    "manifest, a path twice": (OWN_CSV, "m.csv line 3|line 2 again", third("./a.wav,sad,1,train")),
+    "manifest, no such split": (OWN_CSV, "m.csv line 3|'dev'|validation", third("b.wav,sad,1,dev")),
+    "manifest, no split": (OWN_CSV, "m.csv line 3|''|validation", third("b.wav,sad,1,")),
+    "manifest, no speaker": (OWN_CSV, "m.csv line 3|no speaker", third("b.wav,sad,,train")),
+    "manifest, a column's name": (OWN_CSV, "m.csv line 3|'Accuracy'", third("b.wav,Accuracy,1,test")),
+    "manifest, a comma too many": (OWN_CSV, "m.csv line 3|quote", third("b.wav,so, so,1,train")),
+    "manifest, one emotion": (OWN_CSV, "m.csv|two emotions", third("b.wav,HAPPY,1,train", "happy")),
+    "manifest, no files": (OWN_CSV, "no clip in m.csv|--manifest",
+                           lambda patch: (third("b.wav,sad,1,test")(patch), remove("?.wav", "."))),
+    "manifest, folds of a split": (f"{OWN_CSV} --folds 1", "m.csv|column split|--folds",
+                                   third("b.wav,sad,1,train")),
+    "manifest, runs of a split": (f"{OWN_CSV} --runs 2", "m.csv|column split|--runs",
+                                  third("b.wav,sad,1,train")),
+    "manifest, split twice": (f"{OWN_CSV} --split random", "m.csv|column split|--split random",
+                              third("b.wav,sad,1,train")),
+    "manifest, nobody's folds": (f"{OWN_CSV} --folds 1", "m.csv|no column speaker|--folds",
+                                 third("b.wav,sad", header="path,emotion,a,b")),
+    "manifest, a split empty": ("--manifest own/corpus.csv --run-models cnn", "no happy|validation|--manifest",
+                                lambda _: own_corpus(["happy", "sad"], split=lambda *_: "train")),
+    "manifest, two speakers": ("--manifest own/corpus.csv --run-models cnn", "2 actor|--manifest|--split",
+                               lambda _: own_corpus(["happy", "sad"], [1, 2])),
+    "manifest, no words": (f"{OWN_CSV} --run-models rnn", "no sentences for odd|transcript|m.csv",
+                           third("b.wav,odd,1,train")),
+    "manifest, study of transcripts": (f"{OWN_CSV} --phase study", "--phase study|m.csv|transcripts",
+                                       third("b.wav,sad,1,So", header="path,emotion,speaker,transcript")),
+    "manifest, sentences of others": (
+        f"{OWN_CSV} --sentences-csv s.csv", "s.csv line 3|'calm' is none of happy, sad|--sentences-csv",
+        lambda patch: (third("b.wav,sad,1,train")(patch),
+                       write_sentences("s.csv", "calm,Well.", emotions=["happy", "sad"]))),
     "Whisper of text": (f"{WHISPER} a.pt", "--whisper-model a.pt", lambda _: touch(".", "a.pt")),
     "Whisper of others": (f"{WHISPER} a.pt", "--whisper-model a.pt", lambda _: torch.save({"a": 1}, "a.pt")),
 }
