@@ -113,7 +113,7 @@ EMA_DECAY = 0.99                 # moving average of the weights, per step
 SETTINGS = {name: type(value) for name, value in list(globals().items())
             if name.isupper() and type(value) in (bool, int, float, str)}
 CHOICES = {
-    "phase": ("all", "data", "unimodal", "fusion", "study", "report"),
+    "phase": ("all", "data", "unimodal", "fusion", "study", "evaluate", "report"),
     "fusion": ("concat", "attention", "both"),
     "device": ("auto", "cuda", "mps", "cpu"),
     "split": ("speaker", "random"),
@@ -177,7 +177,7 @@ def parse_settings(argv=None):
         named["output_dir"] = str(folder if "demo" in folder.parts else folder / "demo")
     cfg = SimpleNamespace(**(values | given), given=sorted(given))
     cfg.cache_dir = cfg.output_dir  # shared by the runs of a cross-validation
-    cfg.no_words = ""  # why the text of a manifest's clips cannot be had
+    cfg.no_words, cfg.notes = "", []  # why a manifest's clips have no text; more marks
     cfg.fusion = "both" if cfg.phase == "study" else cfg.fusion
     check_settings(cfg)
     cfg.folds, cfg.run_models = (",".join(names_in(names)) for names in (cfg.folds, cfg.run_models))
@@ -216,6 +216,8 @@ def check_settings(cfg):
     if cfg.manifest and (cfg.demo or "ravdess_path" in cfg.given):
         other = "--demo" if cfg.demo else "--ravdess-path"
         raise UserError(f"--manifest {cfg.manifest} is a corpus of its own: leave it out, or {other}")
+    if cfg.phase == "evaluate" and not cfg.manifest:
+        raise UserError("--phase evaluate needs another corpus: name its table with --manifest")
     names, known = names_in(cfg.run_models), [name for name in MODELS if not name.startswith("attention")]
     if not names or not set(names) <= set(known):
         raise UserError(f"--run-models {cfg.run_models!r} is not a list of names out of {', '.join(known)}")
@@ -253,7 +255,7 @@ def marks(cfg):
              f"text: simulated sentences (oracle{noise})": cfg.use_simulated_sentences,
              "random split: speakers shared between splits": cfg.split == "random",
              "split of the manifest: speakers shared between splits or unknown": cfg.split == "shared"}
-    return [note for note, holds in notes.items() if holds]
+    return [note for note, holds in notes.items() if holds] + cfg.notes
 
 
 def in_kernel():
@@ -522,8 +524,7 @@ def describe_audit(clips, audit):
         unused = (f"passed over: {audit['twins']} second copies, {files['song']} song, {files['video']} "
                   f"video, {files['other']} other files, {len(audit['left_out'])} unusable clips")
     actors = ", ".join(f"{actor}: {n}" for actor, n in sorted(per_actor.items()))
-    unnamed = ("No speakers are named: the same voices may stand on both sides of the split, which flatters. "
-               "Intervals draw clips.")
+    unnamed = "No speakers are named: intervals draw single clips, which makes them too narrow."
     return [
         f"{found}{f' of {len(per_actor)} actors' * ('' not in per_actor)} are used; {unused}.",
         "Clips per emotion: " + ", ".join(f"{emotion} {n}" for emotion, n in per_emotion.items()) + ".",
@@ -598,6 +599,8 @@ def describe_split(clips, cfg):
             texts[-1] += (f", {share:.1%} of them with a sentence of another emotion "
                           f"({cfg.sentence_noise:.1%} dealt anew)")
     shared = f"; {(spoken > 1).sum()} actors stand in several splits" * bool((spoken > 1).any())
+    if spoken.empty:
+        shared = "; no speakers are named, so that splits may share voices, which flatters"
     return f"{title}: {'; '.join(texts)}{shared}."
 
 
@@ -1708,11 +1711,18 @@ def combine_late(name, cfg):
     tables = [read_predictions(cfg, part) for part in ROWS[name].parts]
     probabilities, table = np.stack(list(map(probabilities_of, tables))), tables[-1]  # (P, N, C)
     if name.startswith("late"):
-        return with_probabilities(table, probabilities.mean(axis=0))
+        return with_probabilities(table, fuse(probabilities))
     logs, held_out = np.log(probabilities.clip(1e-7)), (table["split"] == "validation").to_numpy()
     weights = fit_fusion_weights(logs[:, held_out], labels_of(table)[held_out])
     save(Path(cfg.output_dir, f"{ROWS[name].stem}.json"), dict(zip(ROWS[name].parts, weights.tolist())))
-    return with_probabilities(table, softmax(np.tensordot(weights, logs, 1), axis=1))
+    return with_probabilities(table, fuse(probabilities, weights))
+
+
+def fuse(probabilities, weights=None):
+    """Late fusion (N, C) of probabilities (P, N, C): their mean, or with weights (P,) of logarithms."""
+    if weights is None:
+        return np.mean(probabilities, axis=0)
+    return softmax(np.tensordot(weights, np.log(np.clip(probabilities, 1e-7, None)), 1), axis=1)
 
 
 def answer_anew(name, clips, cfg, device):
@@ -1801,7 +1811,7 @@ def unseen_actors(actors):
 
 def figures_of(table, draws, unseen):
     """All figures of one row from its pooled predictions and its test UAR in bootstrap draws (draws,)."""
-    splits = {split: table[table["split"] == split] for split in SPLITS}
+    splits = {split: table[table["split"] == split] for split in SPLITS if split in set(table["split"])}
     test = splits["test"]
     by_run = test.groupby(["fold", "seed"])[["true", "predicted"]].apply(uar_of)
     by_fold, by_seed = (by_run.groupby(level=level).mean() for level in (0, 1))
@@ -1872,13 +1882,11 @@ def result_tables(figures, several):
     for row in figures["rows"].values():
         cells = [{"note": row["status"]}] * 3
         if row["status"] == "run":
-            train, held_out, test = (row[split] for split in SPLITS)
+            train, held_out = row["train"], row["validation"]
             cells = [
                 {"train acc": f"{train['accuracy']:.1%}", "val acc": f"{held_out['accuracy']:.1%}",
                  "val UAR": f"{held_out['uar']:.1%}", "val NLL": f"{held_out['nll']:.3f}"},
-                {"UAR": f"{row['uar']:.1%}", "acc": f"{test['accuracy']:.1%}",
-                 "macro-F1": f"{test['macro_f1']:.1%}", "NLL": f"{test['nll']:.3f}",
-                 "ECE": f"{test['ece']:.3f}", "ECE if perfect": f"{row['ece_if_perfect']:.3f}"},
+                test_cells(row),
                 {"UAR": f"{row['uar']:.1%}", "95 % interval": "{:.1%} to {:.1%}".format(*row["interval"]),
                  **{f"SD {key}": "-" if value is None else f"{100 * value:.1f}"
                     for key, value in row["spread"].items()},
@@ -1891,6 +1899,14 @@ def result_tables(figures, several):
                for rows in map(functools.partial(with_one_missing, figures=figures), figures["rows"]) if rows]
     tables |= {"Test UAR with one modality missing": missing} if missing else {}
     return {name: pd.DataFrame(lines).fillna("-") for name, lines in tables.items()}
+
+
+def test_cells(row):
+    """The test figures of a row as strings by heading."""
+    test = row["test"]
+    return {"UAR": f"{row['uar']:.1%}", "acc": f"{test['accuracy']:.1%}",
+            "macro-F1": f"{test['macro_f1']:.1%}", "NLL": f"{test['nll']:.3f}",
+            "ECE": f"{test['ece']:.3f}", "ECE if perfect": f"{row['ece_if_perfect']:.3f}"}
 
 
 def with_one_missing(name, figures):
@@ -2004,9 +2020,11 @@ def plot_confusion(name, row, cfg):
 
 def draw_comparison(axis, rows, several):
     """UAR of all rows on validation and test, chance drawn in; of several runs also folds and interval."""
-    table = pd.DataFrame([{"row": row["title"], "split": split, "UAR": 100 * uar} for row in rows.values()
-                          for split, uar in (("validation", row["validation"]["uar"]), ("test", row["uar"]))])
-    sns.barplot(table, y="row", x="UAR", hue="split", ax=axis, palette=["lightsteelblue", "steelblue"])
+    table = pd.DataFrame([{"row": row["title"], "split": split, "UAR": 100 * part["uar"]}
+                          for row in rows.values()
+                          for split, part in (("validation", row.get("validation")), ("test", row)) if part])
+    colors = {"validation": "lightsteelblue", "test": "steelblue"}
+    sns.barplot(table, y="row", x="UAR", hue="split", ax=axis, palette=colors)
     for bars in axis.containers:
         axis.bar_label(bars, fmt="%.1f", fontsize=8, label_type="center")
     for place, row in enumerate(rows.values() if several else []):
@@ -2078,14 +2096,19 @@ REPORT = "emotion_recognition_report.docx"
 docx_advice = "pip install python-docx, then --phase report makes it"
 def meaning(cfg, classes):
     """What the figures mean, and what they do not, as sentences."""
+    foreign = cfg.phase == "evaluate"
     sentences = {
         "UAR is the mean of the recalls of the emotions that occur; guessing gives "
-        f"{100 / len(classes):.1f} %. Nobody who speaks in the test split was heard in training, unless this "
-        "report says that speakers are shared.": True,
+        f"{100 / len(classes):.1f} %.": True,
+        "Nobody who speaks in the test split was heard in training, unless this report says that speakers "
+        "are shared.": not foreign,
         "One fold tests a fifth of the actors, and figures move by ten points and more from one set of "
-        "actors to the next: compare systems over all five folds, never on one.": cfg.split == "speaker",
+        "actors to the next: compare systems over all five folds, never on one.":
+            cfg.split == "speaker" and not foreign,
         "Temperatures are fitted on the validation split, so its NLL and ECE flatter a little. The test "
-        "split is scored by the final models and decides nothing.": True,
+        "split is scored by the final models and decides nothing.": not foreign,
+        "Temperatures and fusion weights are those of the training; nothing was fitted on these clips. "
+        "Probabilities are renormalised over the emotions that both know.": foreign,
         "Simulated sentences are drawn by label. Rows that read them show how text and fusion work, not how "
         "well words tell feelings.": cfg.use_simulated_sentences,
         "The two sentences that RAVDESS's actors speak are the same in every emotion. RAVDESS holds acted "
@@ -2544,6 +2567,110 @@ def experiment(clips, audit, names, cfg, device):
     evaluate(runs, tables, reasons, sentences, cfg)
 
 
+def known_clips(clips, classes, cfg):
+    """(the clips of a foreign corpus whose emotion the models know, all of them test; who is left out)."""
+    shared = [emotion for emotion in classes if emotion in classes_of(clips)]
+    if len(shared) < 2:
+        raise UserError(f"{cfg.manifest} has {', '.join(shared) or 'no emotion'} in common with the models of"
+                        f" {cfg.output_dir}, fewer than two of {', '.join(classes)}: see --manifest")
+    counts = clips["emotion"].value_counts(sort=False).drop(shared)
+    left_out = ", ".join(f"{emotion} {n}" for emotion, n in counts.items()) or "none"
+    clips = clips[clips["emotion"].isin(shared)].assign(split="test")
+    return (clips.astype({"emotion": pd.CategoricalDtype(shared)}),
+            f"Emotions compared: {', '.join(shared)}. Clips left out, unknown to the models: {left_out}.")
+
+
+def foreign_reasons(clips, own, cfg):
+    """Why each row that OUTPUT_DIR has all files of cannot be scored on foreign clips; "" if it can."""
+    reasons = {}
+    for name in (name for name, row in ROWS.items() if row.kind or len(row.parts) == 2):
+        models = [name] if name in MODELS else ROWS[name].parts
+        files = [file_of(cfg, "checkpoint", model) for model in models]
+        weights = [Path(cfg.output_dir, f"{ROWS[name].stem}.json")] * name.startswith("learned")
+        if all(path.exists() for path in files + weights):
+            keys = ["classes"] + ["features"] * (name in MODELS and "cnn" in MODELS[name].parts)
+            same = all(read_checkpoint(path)[key] == own[key] for path in files for key in keys)
+            reasons[name] = ("" if name == "cnn" or (same and "transcript" in clips) else
+                             f"{cfg.manifest} has no column transcript" if same else
+                             "trained with other emotions or features than AudioCNN")
+    return reasons
+
+
+def foreign_answers(names, clips, cfg, features, device):
+    """Probabilities (N, C) of trained rows for foreign clips, by name; C emotions of the training."""
+    found, settings = {}, SimpleNamespace(**vars(cfg) | features)
+    for name in names:
+        if name in MODELS:
+            path = file_of(cfg, "checkpoint", name)
+            model = restore_model(path).to(device)
+            logits = predict(model, ClipDataset(clips, model, settings, device))
+            found[name] = (logits / read_checkpoint(path)["temperature"]).softmax(dim=1).numpy()
+        else:
+            learned = {}
+            if name.startswith("learned"):
+                learned = read_back(Path(cfg.output_dir, f"{ROWS[name].stem}.json"))
+            weights = [learned[part] for part in ROWS[name].parts if learned] or None
+            found[name] = fuse([found[part] for part in ROWS[name].parts], weights)
+    return found
+
+
+def evaluate_phase(cfg, device):
+    """Score the models of OUTPUT_DIR, as they were trained, on a foreign corpus; into a folder of its own."""
+    own = read_checkpoint(file_of(cfg, "checkpoint", "cnn"))
+    folder = Path(cfg.output_dir, f"evaluation_{Path(cfg.manifest).stem}")
+    same = Path(own["config"].get("manifest") or ".").resolve() == Path(cfg.manifest).resolve()
+    work = SimpleNamespace(**vars(cfg) | own["features"] | {
+        "output_dir": str(folder), "cache_dir": str(folder), "use_simulated_sentences": False,
+        "split": "speaker", "notes": [
+            f"models of {cfg.output_dir} on another corpus",
+            *["trained on clips of this very table: the figures flatter"] * same,
+            *(f"in training: {mark}" for mark in own["marks"])]})
+    clips, audit = index_manifest(cfg.manifest)
+    clips, shared = known_clips(clips, own["classes"], cfg)
+    clips = add_features(clips, audit, work)
+    sentences = [*describe_audit(clips, audit), shared]
+    print("\n".join(sentences))
+    for old in [*folder.glob("plots/*.png"), *folder.glob("predictions/*.csv"), *folder.glob("*.docx")]:
+        old.unlink()
+    reasons = foreign_reasons(clips, own, cfg)
+    rows = {name: {"title": ROWS[name].title, "status": f"not run: {why}" if why else "run"}
+            for name, why in reasons.items()}
+    answers = foreign_answers([name for name in reasons if not reasons[name]], clips, cfg, own["features"],
+                              device)
+    places, weights = list(map(own["classes"].index, classes_of(clips))), resampled(voices_of(clips))
+    for name, probabilities in answers.items():
+        shares = probabilities[:, places].clip(1e-7)
+        table = predictions_table(clips, shares / shares.sum(axis=1, keepdims=True))
+        save_table(file_of(work, "predictions", name), table, work)
+        rows[name] |= figures_of(table.assign(fold=0, seed=0), weighted_uar(weights, table), [])
+    figures = described(cfg) | {"marks": marks(work), "settings": settings_of(work), "audit": sentences,
+                                "classes": classes_of(clips), "rows": rows}
+    save(folder / "metrics.json", figures)
+    report_foreign(figures, work)
+
+
+def report_foreign(figures, cfg):
+    """Table, plots and .docx of an evaluation on a foreign corpus."""
+    ran = {name: row for name, row in figures["rows"].items() if row["status"] == "run"}
+    table = pd.DataFrame([{"model": row["title"]} | (
+        test_cells(row) | {"95 % interval": "{:.1%} to {:.1%}".format(*row["interval"])}
+        if row["status"] == "run" else {"note": row["status"]}) for row in figures["rows"].values()])
+    table = table.fillna("-")
+    print(f"\nTest ({'; '.join(marks(cfg))})\n{table.to_string(index=False)}")
+    plot_comparison(ran, False, cfg)
+    plot_reliability(ran, cfg)
+    for name, row in ran.items():
+        plot_confusion(name, row, cfg)
+    plots = ["comparison", "reliability", *(f"confusion_{ROWS[name].stem}" for name in ran)]
+    path = Path(cfg.output_dir, REPORT)
+    if importlib.util.find_spec("docx") is not None:
+        write_document(path, f"Speech emotion recognition: {Path(cfg.manifest).name}", {
+            "Data": figures["audit"], "Test": [table], "Plots": [plot_path(name, cfg) for name in plots],
+            "What the figures mean, and what they do not": meaning(cfg, figures["classes"]),
+            "How to repeat this": [figures["command"], str(figures["versions"])]}, cfg)
+    print(f"Report: {path}" if path.exists() else f"{path} is left out: {docx_advice}")
+
+
 def main(argv=None):
     """Run the phases that the settings ask for; `argv` as on the command line. Raises UserError."""
     cfg = parse_settings(argv)
@@ -2555,6 +2682,8 @@ def main(argv=None):
     if cfg.phase == "report":
         return report_phase(cfg)
     device = pick_device(cfg)
+    if cfg.phase == "evaluate":
+        return evaluate_phase(cfg, device)
     if cfg.manifest:
         clips, audit = index_manifest(cfg.manifest)
         adapt_settings(cfg, clips)

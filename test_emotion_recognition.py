@@ -1151,6 +1151,74 @@ def test_the_recipes_of_the_readme_make_manifests(corpus):
     assert audit["left_out"] == {} and ("transcript" in clips) == (corpus == "TESS")
 
 
+@pytest.fixture
+def evaluated(copied):
+    """(figures, clips) of the demo's models on another corpus, of which they know happy and sad."""
+    command = own_corpus(["sad", "odd", "happy"], [7, 8], transcript=lambda emotion, *_: f"It is {emotion}.")
+    before = contents(OUTPUT)
+    er.main([*command, "--output-dir", str(OUTPUT), "--phase", "evaluate"])
+    assert before.items() <= contents(OUTPUT).items()
+    clips, _ = er.index_manifest("own/corpus.csv")
+    return read_json(OUTPUT / "evaluation_corpus/metrics.json"), clips[clips["emotion"] != "odd"]
+
+
+FOREIGN = OUTPUT / "evaluation_corpus"
+
+
+def test_trained_models_are_scored_on_the_emotions_that_another_corpus_shares(evaluated):
+    figures, clips = evaluated
+    assert figures["classes"] == ["happy", "sad"] and list(figures["rows"]) == list(STEMS)
+    assert {row["status"] for row in figures["rows"].values()} == {"run"}
+    assert "Clips left out, unknown to the models: odd 2." in figures["audit"][-1]
+    assert "6 lines in own/corpus.csv: 4 clips of 2 actors are used" in figures["audit"][0]
+    assert figures["marks"] == ["models of outputs/demo on another corpus",
+                                "in training: synthetic demo corpus: the figures mean nothing",
+                                "in training: text: simulated sentences (oracle)"]
+    for name, row in figures["rows"].items():
+        table = er.read_predictions(config(output_dir=FOREIGN), name)
+        assert set(table["clip"]) == set(clips["clip"]) and set(table["true"]) == {"happy", "sad"}
+        assert row["uar"] == pytest.approx((table["true"] == table["predicted"]).mean())
+        assert row["interval"][0] <= row["uar"] <= row["interval"][1] and "oracle" not in row["title"]
+        assert "on another corpus; in training: synthetic" in table["marks"][0]
+    document = text_of(FOREIGN / "emotion_recognition_report.docx")
+    assert "nothing was fitted on these clips" in document and "50.0 %" in document
+    assert {path.stem for path in FOREIGN.glob("plots/*.png")} == {
+        "comparison", "reliability", *(f"confusion_{stem}" for stem in STEMS.values())}
+
+
+@pytest.mark.parametrize("name", ["cnn", "fusion_rnn", "late_rnn", "learned_rnn"])
+def test_a_foreign_answer_is_that_of_the_checkpoint_renormalised(name, evaluated):
+    cfg = config(output_dir=OUTPUT)
+    clips, audit = er.index_manifest("own/corpus.csv")
+    clips = er.add_features(clips[clips["emotion"] != "odd"], audit, cfg)
+
+    def answers(model):
+        checkpoint = torch.load(er.file_of(cfg, "checkpoint", model), weights_only=True)
+        model = er.restore_model(er.file_of(cfg, "checkpoint", model))
+        logits = er.predict(model, er.ClipDataset(clips, model, cfg, "cpu"))
+        return (logits / checkpoint["temperature"]).softmax(dim=1)
+    if name in er.MODELS:
+        expected = answers(name)
+    else:
+        parts = [answers(part) for part in ("cnn", "rnn")]
+        weights = read_json(OUTPUT / "LearnedFusion_RNN.json")
+        expected = sum(parts) if name == "late_rnn" else torch.exp(
+            weights["cnn"] * parts[0].log() + weights["rnn"] * parts[1].log())
+    expected = expected[:, [er.EMOTIONS.index("happy"), er.EMOTIONS.index("sad")]]
+    table = er.read_predictions(config(output_dir=FOREIGN), name).set_index("clip").loc[clips["clip"]]
+    assert np.allclose(table[["happy", "sad"]], expected / expected.sum(dim=1, keepdim=True), atol=1e-5)
+
+
+def test_a_foreign_corpus_without_words_is_only_heard_with_the_features_of_the_checkpoint(copied):
+    command = own_corpus(["happy", "sad"], speaker=lambda *_: "")
+    er.main([*command, "--output-dir", str(OUTPUT), "--phase", "evaluate", "--n-mels", "32"])
+    figures = read_json(FOREIGN / "metrics.json")
+    assert figures["rows"].pop("cnn")["status"] == "run" and figures["settings"]["n_mels"] == 64
+    assert {row["status"] for row in figures["rows"].values()} == {
+        "not run: own/corpus.csv has no column transcript"}
+    assert "intervals draw single clips" in str(figures["audit"])
+
+
 # %% Whisper
 @pytest.fixture
 def tiny_whisper(tmp_path, monkeypatch):
@@ -1651,7 +1719,7 @@ ONE_SENTENCE = {  # what is wrong: (command line, what the sentence must name, h
     "manifest, a comma too many": (OWN_CSV, "m.csv line 3|quote", third("b.wav,so, so,1,train")),
     "manifest, one emotion": (OWN_CSV, "m.csv|two emotions", third("b.wav,HAPPY,1,train", "happy")),
     "manifest, no files": (OWN_CSV, "no clip in m.csv|--manifest",
-                           lambda patch: (third("b.wav,sad,1,test")(patch), remove("?.wav", "."))),
+                           lambda patch: (third("b.wav,sad,1,test")(patch), remove("[abc].wav", "."))),
     "manifest, folds of a split": (f"{OWN_CSV} --folds 1", "m.csv|column split|--folds",
                                    third("b.wav,sad,1,train")),
     "manifest, runs of a split": (f"{OWN_CSV} --runs 2", "m.csv|column split|--runs",
@@ -1660,7 +1728,7 @@ ONE_SENTENCE = {  # what is wrong: (command line, what the sentence must name, h
                               third("b.wav,sad,1,train")),
     "manifest, nobody's folds": (f"{OWN_CSV} --folds 1", "m.csv|no column speaker|--folds",
                                  third("b.wav,sad", header="path,emotion,a,b")),
-    "manifest, a split empty": ("--manifest own/corpus.csv --run-models cnn", "no happy|validation|--manifest",
+    "manifest, a split empty": ("--manifest own/corpus.csv --run-models cnn", "no happy|for validation|--m",
                                 lambda _: own_corpus(["happy", "sad"], split=lambda *_: "train")),
     "manifest, two speakers": ("--manifest own/corpus.csv --run-models cnn", "2 actor|--manifest|--split",
                                lambda _: own_corpus(["happy", "sad"], [1, 2])),
@@ -1668,6 +1736,11 @@ ONE_SENTENCE = {  # what is wrong: (command line, what the sentence must name, h
                            third("b.wav,odd,1,train")),
     "manifest, study of transcripts": (f"{OWN_CSV} --phase study", "--phase study|m.csv|transcripts",
                                        third("b.wav,sad,1,So", header="path,emotion,speaker,transcript")),
+    "evaluate, no manifest": ("--phase evaluate", "--phase evaluate|--manifest"),
+    "evaluate, no model": (f"{OWN_CSV} --phase evaluate --output-dir none", "AudioCNN_best.pth|--output-dir"),
+    "evaluate, nothing in common": (
+        f"{OWN_CSV} --phase evaluate --output-dir {OUTPUT}", "m.csv|no emotion|neutral",
+        lambda _: manifest("a.wav,odd", "b.wav,bored", header="path,emotion")),
     "manifest, sentences of others": (
         f"{OWN_CSV} --sentences-csv s.csv", "s.csv line 3|'calm' is none of happy, sad|--sentences-csv",
         lambda patch: (third("b.wav,sad,1,train")(patch),
