@@ -11,6 +11,7 @@ Trains five models and compares nine ways to tell emotions apart on speakers tha
     python emotion_recognition.py                                everything, on the corpus in archive/
     python emotion_recognition.py --demo                         everything, on a small synthetic corpus
     python emotion_recognition.py --folds 0,1,2,3,4              the cross-validation, every actor tested once
+    python emotion_recognition.py --manifest corpus.csv          another corpus, listed in a table
     python emotion_recognition.py --phase fusion --epochs-cnn 5  a part of it, with other settings
     python emotion_recognition.py --phase study                  how reliable must words be to help?
     python emotion_recognition.py --phase predict --input a.wav  what the trained models say to a recording
@@ -44,7 +45,7 @@ import sys
 import time
 import timeit
 from collections import Counter, namedtuple
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
@@ -68,6 +69,7 @@ from tqdm.contrib.concurrent import thread_map
 # fmt: off
 # What to run
 RAVDESS_PATH = "./archive/audio_speech_actors_01-24/"  # folder that is searched for RAVDESS speech clips
+MANIFEST = ""  # a corpus of your own: a CSV with path, emotion and maybe speaker, transcript, split
 OUTPUT_DIR = "outputs"           # folder for checkpoints, tables, plots and the report
 PHASE = "all"                    # stages to run; fusion trains its parts too if RUN_MODELS has them
 RUN_MODELS = "cnn,rnn,bert,fusion_rnn,fusion_bert"  # models to train, comma-separated
@@ -116,7 +118,7 @@ EMA_DECAY = 0.99                 # moving average of the weights, per step
 SETTINGS = {name: type(value) for name, value in list(globals().items())
             if name.isupper() and type(value) in (bool, int, float, str)}
 CHOICES = {
-    "phase": ("all", "data", "unimodal", "fusion", "study", "report", "predict"),
+    "phase": ("all", "data", "unimodal", "fusion", "study", "report", "predict", "evaluate"),
     "fusion": ("concat", "attention", "both"),
     "device": ("auto", "cuda", "mps", "cpu"),
     "split": ("speaker", "random"),
@@ -180,6 +182,7 @@ def parse_settings(argv=None):
         named["output_dir"] = str(folder if "demo" in folder.parts else folder / "demo")
     cfg = SimpleNamespace(**(values | given), given=sorted(given))
     cfg.cache_dir = cfg.output_dir  # shared by the runs of a cross-validation
+    cfg.no_words, cfg.notes = "", []  # why a manifest's clips have no text; more marks
     cfg.fusion = "both" if cfg.phase == "study" else cfg.fusion
     check_settings(cfg)
     cfg.folds, cfg.run_models = (",".join(names_in(names)) for names in (cfg.folds, cfg.run_models))
@@ -215,6 +218,11 @@ def check_settings(cfg):
             raise UserError(f"{flag} {value!r} is none of {', '.join(map(repr, CHOICES[key]))}")
         if kind in (int, float) and not low <= value <= high:
             raise UserError(f"{flag} {value} is not a number from {low} to {high}")
+    if cfg.manifest and (cfg.demo or "ravdess_path" in cfg.given):
+        other = "--demo" if cfg.demo else "--ravdess-path"
+        raise UserError(f"--manifest {cfg.manifest} is a corpus of its own: leave it out, or {other}")
+    if cfg.phase == "evaluate" and not cfg.manifest:
+        raise UserError("--phase evaluate needs another corpus: name its table with --manifest")
     names, known = names_in(cfg.run_models), [name for name in MODELS if not name.startswith("attention")]
     if not names or not set(names) <= set(known):
         raise UserError(f"--run-models {cfg.run_models!r} is not a list of names out of {', '.join(known)}")
@@ -250,8 +258,9 @@ def marks(cfg):
     noise = f", noise {cfg.sentence_noise}" * bool(cfg.sentence_noise)
     notes = {"synthetic demo corpus: the figures mean nothing": cfg.demo,
              f"text: simulated sentences (oracle{noise})": cfg.use_simulated_sentences,
-             "random split: speakers shared between splits": cfg.split == "random"}
-    return [note for note, holds in notes.items() if holds]
+             "random split: speakers shared between splits": cfg.split == "random",
+             "split of the manifest: speakers shared between splits or unknown": cfg.split == "shared"}
+    return [note for note, holds in notes.items() if holds] + cfg.notes
 
 
 def in_kernel():
@@ -298,6 +307,37 @@ def read_back(path, read=lambda path: json.loads(path.read_text(encoding="utf-8"
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"{path} is missing or not readable ({error}): delete it and make it again with "
                         "--phase all, or name the --output-dir of a finished run") from error
+
+
+def read_predictions(cfg, name):
+    """The predictions table of a row; its texts stay as they were written, "nan" and "001" too."""
+    texts = dict.fromkeys(("split", "clip", "actor", "true", "predicted", "marks"), str)
+    read = functools.partial(pd.read_csv, keep_default_na=False, dtype=texts)
+    return read_back(file_of(cfg, "predictions", name), read)
+
+
+def read_lines(path, needed, optional, advice):
+    """(number, its texts by column) of each line of a CSV that has columns; UserErrors end with advice."""
+    try:
+        with Path(path).open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, strict=True)
+            columns = set(reader.fieldnames or [])  # now, while the file is open
+            lines = [(reader.line_num, line) for line in reader]
+    except (OSError, ValueError, csv.Error) as error:
+        raise UserError(f"{path} is not readable as CSV ({error}): {advice}") from error
+    if not columns.issuperset(needed):
+        raise UserError(f"{path} has no columns {' and '.join(needed)} in line 1: {advice}")
+    for number, line in lines:
+        problem = "it has more columns than line 1 (quote what has commas)"
+        refuse(path, number, {problem: None in line}, advice)
+    return [(number, {key: (line.get(key) or "").strip() for key in (*needed, *optional)})
+            for number, line in lines]
+
+
+def refuse(path, number, problems, advice):
+    """Raise a UserError that names a line of a table if one of its problems holds."""
+    for problem in (problem for problem, holds in problems.items() if holds):
+        raise UserError(f"{path} line {number}: {problem}: {advice}")
 
 
 def in_parallel(function, items, title):
@@ -376,14 +416,83 @@ def index_clips(folder):
     if not found:
         raise UserError(f"{folder} holds no RAVDESS speech clip that can be used: see --ravdess-path")
     clips = pd.DataFrame(found).astype({"emotion": pd.CategoricalDtype(EMOTIONS)})
-    clips["digest"], reasons = zip(*in_parallel(inspect_file, clips["path"], "Reading"))
-    audit["left_out"].update((path, reason) for path, reason in zip(clips["path"], reasons) if reason)
-    clips = clips[[not reason for reason in reasons]]
-    if clips.empty:
-        raise UserError(f"no clip in {folder} can be read: see --ravdess-path")
+    clips = add_digests(clips, audit)
     twin = clips.duplicated("clip")  # now, so that a cut-off first copy does not hide a good second one
     clips = clips[~twin].sort_values("clip", ignore_index=True)
     return clips, audit | {"files": dict(counts), "twins": int(twin.sum())}
+
+
+RESERVED = {  # columns of predictions, of groups and of scores: no emotion can be called so
+    "split", "clip", "actor", "emotion", "true", "predicted", "marks", "transcript", "intensity", "sex",
+    "fold", "seed", "confidence", "accuracy", "macro avg", "weighted avg", "micro avg"}
+
+
+def index_manifest(path):
+    """The clips that a table lists: (clips, audit) as of `index_clips`, without what only RAVDESS has.
+
+    Relative paths start in the table's folder. Emotions are its own, RAVDESS's first; a column speaker, split
+    or transcript that is empty throughout counts as absent. A UserError names a bad line.
+    """
+    advice, found, seen = "mend it or leave out --manifest", [], {}
+    optional = "speaker", "split", "transcript"
+    lines = read_lines(path, ("path", "emotion"), optional, advice)
+    there = {key for key in optional if any(line[key] for _, line in lines)}
+    for number, line in lines:
+        clip, split = PureWindowsPath(line["path"]).as_posix(), line["split"].lower()
+        emotion, speaker = (" ".join(line[key].split()) for key in ("emotion", "speaker"))
+        refuse(path, number, {
+            "it has no path": not line["path"], "it has no emotion": not emotion,
+            f"the path of line {seen.get(clip)} again": clip in seen,
+            f"{emotion!r} is the name of a column in tables of predictions": emotion.lower() in RESERVED,
+            "it has no speaker, and other lines have one": "speaker" in there and not speaker,
+            f"{split!r} is none of {', '.join(SPLITS)}": "split" in there and split not in SPLITS}, advice)
+        seen[clip] = number
+        found.append({"clip": clip, "path": str(Path(path).parent / clip), "emotion": emotion.lower(),
+                      "actor": speaker, "split": split, "transcript": line["transcript"]})
+    emotions = {line["emotion"] for line in found}
+    classes = [*filter(emotions.__contains__, EMOTIONS), *sorted(emotions.difference(EMOTIONS))]
+    if len(classes) < 2:
+        raise UserError(f"{path} has fewer than two emotions to tell apart: {advice}")
+    clips = pd.DataFrame(found).drop(columns={"split", "transcript"} - there)
+    if all(re.fullmatch("0|[1-9][0-9]{0,15}", actor) for actor in clips["actor"]):
+        clips["actor"] = clips["actor"].astype(int)
+    audit = {"folder": str(path), "left_out": {}, "lines": len(lines)}
+    clips = add_digests(clips.astype({"emotion": pd.CategoricalDtype(classes)}), audit)
+    return clips.sort_values("clip", ignore_index=True), audit
+
+
+def add_digests(clips, audit):
+    """Add the column `digest` of the files' bytes; unreadable clips leave, the audit says why."""
+    digests, reasons = zip(*in_parallel(inspect_file, clips["path"], "Reading"))
+    audit["left_out"].update((path, reason) for path, reason in zip(clips["path"], reasons) if reason)
+    if all(reasons):
+        raise UserError(f"no clip in {audit['folder']} can be read: see --ravdess-path or --manifest")
+    return clips.assign(digest=digests)[[not reason for reason in reasons]]
+
+
+def adapt_settings(cfg, clips):
+    """Set what a manifest decides: its split, whether words are simulated, which models can run."""
+    fixed, named = "split" in clips, (clips["actor"] != "").all()
+    column = "a column split" if fixed else "no column speaker"
+    if (fixed or not named) and (cfg.folds != "0" or cfg.runs > 1):
+        raise UserError(f"{cfg.manifest} has {column}, so there are no folds: leave out --folds and --runs")
+    if "split" in cfg.given and (fixed or (cfg.split == "speaker" and not named)):
+        raise UserError(f"{cfg.manifest} has {column}: leave out --split {cfg.split}")
+    if fixed:
+        cfg.split = "shared" if clips.groupby("actor")["split"].nunique().max() > 1 else "manifest"
+    elif not named:
+        cfg.split = "random"
+    if "transcript" in clips and cfg.phase == "study":
+        raise UserError(f"--phase study needs simulated sentences: take transcripts out of {cfg.manifest}")
+    if "transcript" in clips or not cfg.use_simulated_sentences:
+        cfg.use_simulated_sentences = False
+        return
+    bank = sentence_bank(cfg.sentences_csv, classes_of(clips))
+    if lacking := [emotion for emotion in classes_of(clips) if emotion not in bank]:
+        cfg.use_simulated_sentences = False
+        cfg.run_models = "cnn" if "cnn" in names_in(cfg.run_models) else ""
+        cfg.no_words = (f"no sentences for {', '.join(lacking)}: add a column transcript to {cfg.manifest}, "
+                        "or choose --sentences-csv or --no-use-simulated-sentences")
 
 
 def classes_of(table):
@@ -398,7 +507,7 @@ def inspect_file(path):
     """(a key of a file's content, why it cannot be used); one of them is empty."""
     try:
         content = Path(path).read_bytes()
-    except OSError:
+    except (OSError, ValueError):  # no name of a file can hold a zero byte
         return "", "not readable"
     if not content:
         return "", "not readable: it is empty"
@@ -409,23 +518,35 @@ def inspect_file(path):
 
 
 def describe_audit(clips, audit):
-    """What was found, used and left out, and what is missing from 24 x 60 clips, as a list of sentences."""
-    expected = {f"03-01-{e:02}-{i:02}-{s:02}-{r:02}-{a:02}" for a in range(1, 25) for e in range(1, 9)
-                for i in (1, 2) for s in (1, 2) for r in (1, 2) if (e, i) != (1, 2)}
-    files, missing = Counter(audit["files"]), sorted(expected - set(clips["clip"]))
+    """What was found, used and left out, as a list of sentences."""
     per_emotion, per_actor = clips["emotion"].value_counts(sort=False), Counter(clips["actor"])
     same = clips[clips.duplicated("digest", keep=False)].groupby("digest")["clip"]
+    if "lines" in audit:
+        found = f"{audit['lines']} lines in {audit['folder']}: {len(clips)} clips"
+        unused, missing = f"{len(audit['left_out'])} unusable clips are left out", []
+    else:
+        files, missing = Counter(audit["files"]), [missing_clips(clips)]
+        found = f"{files.total()} audio and video files in {audit['folder']}: {len(clips)} speech clips"
+        unused = (f"passed over: {audit['twins']} second copies, {files['song']} song, {files['video']} "
+                  f"video, {files['other']} other files, {len(audit['left_out'])} unusable clips")
+    actors = ", ".join(f"{actor}: {n}" for actor, n in sorted(per_actor.items()))
+    unnamed = "No speakers are named: intervals draw single clips, which makes them too narrow."
     return [
-        f"{files.total()} audio and video files in {audit['folder']}: {len(clips)} speech clips of "
-        f"{len(per_actor)} actors are used; passed over: {audit['twins']} second copies, {files['song']} "
-        f"song, {files['video']} video, {files['other']} other files, "
-        f"{len(audit['left_out'])} unusable clips.",
+        f"{found}{f' of {len(per_actor)} actors' * ('' not in per_actor)} are used; {unused}.",
         "Clips per emotion: " + ", ".join(f"{emotion} {n}" for emotion, n in per_emotion.items()) + ".",
-        "Clips per actor: " + ", ".join(f"{actor}: {n}" for actor, n in sorted(per_actor.items())) + ".",
-        f"Missing from the 24 x 60 clips of RAVDESS: {len(missing)}"
-        + (f", the first {missing[0]}." if missing else "."),
+        unnamed if "" in per_actor else f"Clips per actor: {actors}.",
+        *missing,
         *(f"Same bytes under two names, both kept: {' = '.join(names)}." for _, names in same),
         *(f"Left out: {path}: {reason}." for path, reason in audit["left_out"].items())]
+
+
+def missing_clips(clips):
+    """What is missing from RAVDESS's 24 x 60 clips, as a sentence."""
+    expected = {f"03-01-{e:02}-{i:02}-{s:02}-{r:02}-{a:02}" for a in range(1, 25) for e in range(1, 9)
+                for i in (1, 2) for s in (1, 2) for r in (1, 2) if (e, i) != (1, 2)}
+    missing = sorted(expected - set(clips["clip"]))
+    return f"Missing from the 24 x 60 clips of RAVDESS: {len(missing)}" + (
+        f", the first {missing[0]}." if missing else ".")
 
 
 # %% 6. Splits
@@ -442,14 +563,16 @@ def fold_actors(actors, fold):
     groups = min(5, len(actors))
     if groups < 3 or fold >= groups:
         raise UserError(f"{len(actors)} actor(s) cannot be split by speaker into three (fold {fold}): name "
-                        "more under --ravdess-path, lower --folds, or choose --split random")
+                        "more under --ravdess-path or in --manifest, lower --folds, or choose --split random")
     return actors[(fold + 1) % groups::groups], actors[fold::groups]
 
 
 def split_clips(clips, cfg):
     """Add the column `split`: train, validation or test. Raises UserError when one lacks an emotion."""
-    if cfg.split == "speaker":
-        key, actors = "actor", sorted(map(int, clips["actor"].unique()))
+    if "split" in clips:
+        key, validation, test = "split", ["validation"], ["test"]
+    elif cfg.split == "speaker":
+        key, actors = "actor", sorted(clips["actor"].unique().tolist())
         validation, test = fold_actors(actors, int(cfg.folds))
     else:
         key, once = "digest", clips.drop_duplicates("digest")  # the same bytes must not be on both sides
@@ -459,24 +582,32 @@ def split_clips(clips, cfg):
             validation, test = train_test_split(rest, test_size=0.5, stratify=rest["emotion"], **options)
             validation, test = validation["digest"], test["digest"]
         except ValueError as error:
-            raise UserError(f"too few clips under --ravdess-path for --split random ({error})") from error
+            raise UserError(f"too few clips of some emotion for --split random ({error})") from error
     names = np.select([clips[key].isin(test), clips[key].isin(validation)], ["test", "validation"], "train")
     clips = clips.assign(split=names)
     for emotion, split in itertools.product(classes_of(clips), SPLITS):
         if not ((clips["emotion"] == emotion) & (clips["split"] == split)).any():
             raise UserError(f"no {emotion} clip is left for {split} among those like {clips['path'][0]}: "
-                            "complete the folder of --ravdess-path or choose other --folds")
+                            "complete the folder of --ravdess-path, or --manifest, or choose other --folds")
     return clips
 
 
 def describe_split(clips, cfg):
-    """The clips and actors of each split as one sentence."""
-    parts = {split: clips[clips["split"] == split] for split in SPLITS}
-    return ("Random split: " if cfg.split == "random" else f"Fold {cfg.folds}: ") + "; ".join(
-        f"{split} {len(part)} clips of actors {' '.join(map(str, sorted(part['actor'].unique())))}"
-        + (f", {(part['emotion'] != part['sentence_emotion']).mean():.1%} of them with a sentence of another "
-           f"emotion ({cfg.sentence_noise:.1%} dealt anew)" if cfg.sentence_noise else "")
-        for split, part in parts.items()) + "."
+    """The clips and actors of each split, and how many actors stand in several, as one sentence."""
+    title = {"random": "Random split", "speaker": f"Fold {cfg.folds}"}.get(cfg.split, "Split of the manifest")
+    spoken = clips[clips["actor"] != ""].groupby("actor")["split"].nunique()
+    texts = []
+    for split, part in ((split, clips[clips["split"] == split]) for split in SPLITS):
+        actors = " ".join(map(str, sorted(part["actor"].unique())))
+        texts.append(f"{split} {len(part)} clips" + f" of actors {actors}" * bool(actors))
+        if cfg.sentence_noise and cfg.use_simulated_sentences:
+            share = (part["emotion"] != part["sentence_emotion"]).mean()
+            texts[-1] += (f", {share:.1%} of them with a sentence of another emotion "
+                          f"({cfg.sentence_noise:.1%} dealt anew)")
+    shared = f"; {(spoken > 1).sum()} actors stand in several splits" * bool((spoken > 1).any())
+    if spoken.empty:
+        shared = "; no speakers are named, so that splits may share voices, which flatters"
+    return f"{title}: {'; '.join(texts)}{shared}."
 
 
 # %% 7. Sentences and transcripts
@@ -569,33 +700,23 @@ SENTENCES = {
     twin. | I had no idea you were married. | Since when do you have a dog? | How did you know my name?""",
 }
 
-def sentence_bank(path=""):
+def sentence_bank(path="", emotions=EMOTIONS):
     """A dict from emotion to its sentences: the 30 above, or those of a table. Raises UserError."""
-    return read_sentences(path) if path else {
+    return read_sentences(path, emotions) if path else {
         emotion: [" ".join(sentence.split()) for sentence in text.split("|")]
         for emotion, text in SENTENCES.items()}
 
 
-def read_sentences(path):
+def read_sentences(path, emotions=EMOTIONS):
     """The sentences of a CSV with columns emotion and sentence, by emotion. A UserError names a bad line."""
-    bank, seen, advice = {emotion: [] for emotion in EMOTIONS}, {}, "mend it or leave out --sentences-csv"
-    try:
-        with Path(path).open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, strict=True)
-            lines = [(reader.line_num, line) for line in reader]
-    except (OSError, ValueError, csv.Error) as error:
-        raise UserError(f"{path} is not readable as CSV ({error}): {advice}") from error
-    if not {"emotion", "sentence"} <= set(reader.fieldnames or []):
-        raise UserError(f"{path} has no columns emotion and sentence in line 1: {advice}")
-    for number, line in lines:
-        emotion, sentence = ((line[key] or "").strip() for key in ("emotion", "sentence"))
+    bank, seen, advice = {emotion: [] for emotion in emotions}, {}, "mend it or leave out --sentences-csv"
+    for number, line in read_lines(path, ("emotion", "sentence"), (), advice):
+        emotion, sentence = line.values()
         words = tuple(words_in(sentence))
-        problems = {f"{emotion!r} is none of {', '.join(EMOTIONS)}": emotion not in bank,
-                    "the sentence has no words": words == ("<unk>",),
-                    "it has more columns than line 1 (quote what has commas)": None in line,
-                    f"the sentence of line {seen.get(words)} again": words in seen}  # it could cross splits
-        for problem in (problem for problem, holds in problems.items() if holds):
-            raise UserError(f"{path} line {number}: {problem}: {advice}")
+        refuse(path, number, {
+            f"{emotion!r} is none of {', '.join(emotions)}": emotion not in bank,
+            "the sentence has no words": words == ("<unk>",),
+            f"the sentence of line {seen.get(words)} again": words in seen}, advice)  # it could cross splits
         bank[emotion].append(sentence)
         seen[words] = number
     for emotion, sentences in bank.items():
@@ -634,8 +755,9 @@ def add_transcripts(clips, cfg, device):
     """Add the column `transcript`, simulated or by Whisper; both leave a cache in OUTPUT_DIR."""
     if not cfg.use_simulated_sentences:
         return clips.assign(transcript=transcribe(clips, cfg, device) if asks_whisper(cfg) else "")
-    bank, path = sentence_bank(cfg.sentences_csv), Path(cfg.cache_dir, "ravdess_transcripts_simulated.pkl")
-    cache, noise = read_cache(path), cfg.sentence_noise
+    bank = sentence_bank(cfg.sentences_csv, classes_of(clips))
+    path, noise = Path(cfg.cache_dir, "ravdess_transcripts_simulated.pkl"), cfg.sentence_noise
+    cache = read_cache(path)
     key = f"{cfg.split} fold {cfg.folds} seed {cfg.seed} noise {noise} bank {digest(bank)}"
     clips = clips.assign(sentence_emotion=deal_emotions(clips, cfg))
     drawn = {row.clip: random.Random(f"{cfg.seed}/{row.clip}").choice(
@@ -692,7 +814,9 @@ def word_error_rate(clips):
 
 
 def describe_transcripts(clips):
-    """How well Whisper heard the two statements, overall, by emotion and by intensity, as sentences."""
+    """How well Whisper heard RAVDESS's statements, overall, by emotion and by intensity, as sentences."""
+    if "statement" not in clips:
+        return [f"{(clips['transcript'] == '').sum()} of {len(clips)} transcripts are empty."]
     emotions = ((f"{emotion} ", clips[clips["emotion"] == emotion]) for emotion in classes_of(clips))
     groups = [("", clips), *emotions,
               ("normal intensity ", clips[clips["intensity"] == 1]),
@@ -838,7 +962,8 @@ def add_features(clips, audit, cfg):
         prepared = in_parallel(lambda path: prepare_clip(path, cfg), clips["path"], "Log-mel spectrograms")
         usable = [mel for mel in prepared if not isinstance(mel, str)]
         if not usable:
-            raise UserError(f"no clip in {audit['folder']} can be used ({prepared[0]}): see --ravdess-path")
+            raise UserError(f"no clip in {audit['folder']} can be used ({prepared[0]}): see --ravdess-path "
+                            "or --manifest")
         for old in folder.glob("log_mel_*"):
             with contextlib.suppress(OSError):  # Windows keeps what is still mapped
                 old.unlink()
@@ -856,7 +981,7 @@ def add_features(clips, audit, cfg):
 # %% 9. Text features
 def words_in(text):
     """The lower-case words of a text; an empty transcript is one unknown word."""
-    return re.findall(r"[a-z0-9']+", text.lower()) or ["<unk>"]
+    return re.findall(r"[\w']+", text.lower()) or ["<unk>"]
 
 
 def build_vocabulary(texts):
@@ -1678,7 +1803,7 @@ def fit_fusion_weights(logs, labels):
 
 def combine_late(name, cfg):
     """Late fusion as a predictions table: the mean of two rows' probabilities, or with learned weights."""
-    tables = [read_back(file_of(cfg, "predictions", part), pd.read_csv) for part in ROWS[name].parts]
+    tables = [read_predictions(cfg, part) for part in ROWS[name].parts]
     probabilities, table = np.stack(list(map(probabilities_of, tables))), tables[-1]  # (P, N, C)
     weights = None
     if name.startswith("learned"):
@@ -1718,7 +1843,8 @@ def combine(clips, cfg, device):
         path = file_of(cfg, "predictions", name)
         if name in MODELS:
             reason = out_of_date(cfg, name, clips)
-            reasons[name] = "left out by --run-models" if reason and name not in asked else reason
+            left_out = cfg.no_words or "left out by --run-models"
+            reasons[name] = left_out if reason and name not in asked else reason
             continue
         missing = [ROWS[part].title for part in ROWS[name].parts if reasons[part]]
         reasons[name] = f"{' and '.join(missing)} did not run" if missing else ""
@@ -1737,10 +1863,10 @@ def pooled(name, runs, tables):
     """The predictions of one row in all runs, with their fold and seed and what the clips are like."""
     parts = []
     for cfg, clips in zip(runs, tables):
-        part = read_back(file_of(cfg, "predictions", name), pd.read_csv)
-        part = part.merge(clips[["clip", "transcript", "intensity", "sex"]], on="clip")
-        intensity = part["intensity"].map({1: "normal intensity", 2: "strong intensity"})
-        parts.append(part.assign(intensity=intensity, fold=int(cfg.folds), seed=cfg.seed))
+        traits = clips.filter(["clip", "actor", "transcript", "intensity", "sex"])
+        part = read_predictions(cfg, name).drop(columns="actor").merge(traits, on="clip")
+        part = part.replace({"intensity": {1: "normal intensity", 2: "strong intensity"}})
+        parts.append(part.assign(fold=int(cfg.folds), seed=cfg.seed))
     return pd.concat(parts).sort_values(["seed", "clip"], ignore_index=True)
 
 
@@ -1772,6 +1898,11 @@ def uar_of(table):
     return recall(table["true"], table["predicted"])
 
 
+def voices_of(table):
+    """What a bootstrap draws, for each row of a table: its actor, its clip where no actor is named."""
+    return table["actor"].where(table["actor"] != "", table["clip"])
+
+
 def unseen_actors(actors):
     """The actors that are validation in no fold, so that no choice has heard them."""
     chosen_on = (fold_actors(actors, fold)[0] for fold in range(min(5, len(actors))))
@@ -1780,7 +1911,7 @@ def unseen_actors(actors):
 
 def figures_of(table, draws, unseen):
     """All figures of one row from its pooled predictions and its test UAR in bootstrap draws (draws,)."""
-    splits = {split: table[table["split"] == split] for split in SPLITS}
+    splits = {split: table[table["split"] == split] for split in SPLITS if split in set(table["split"])}
     test = splits["test"]
     by_run = test.groupby(["fold", "seed"])[["true", "predicted"]].apply(uar_of)
     by_fold, by_seed = (by_run.groupby(level=level).mean() for level in (0, 1))
@@ -1796,7 +1927,7 @@ def figures_of(table, draws, unseen):
         "ece_if_perfect": calibration_error_if_perfect(probabilities_of(test), test["clip"]),
         "mistakes": wrong[["clip", "actor", "true", "predicted", "confidence"]].to_dict("records"),
         "by_actor": {str(actor): uar_of(rows) for actor, rows in test.groupby("actor")},
-        "groups": {split: {group: uar_of(rows) for column in ("intensity", "sex")
+        "groups": {split: {group: uar_of(rows) for column in part.columns.intersection(["intensity", "sex"])
                            for group, rows in part.groupby(column)} for split, part in splits.items()},
         **{split: score_table(part) for split, part in splits.items()}}
 
@@ -1804,7 +1935,7 @@ def figures_of(table, draws, unseen):
 def evaluate(runs, tables, reasons, audit, cfg):
     """Score every row on the predictions of all runs, pooled; writes metrics.json and config.json."""
     rows, tests, draws, folder = {}, {}, {}, Path(cfg.output_dir)
-    unseen = unseen_actors(sorted(map(int, tables[0]["actor"].unique()))) if cfg.split == "speaker" else []
+    unseen = unseen_actors(sorted(tables[0]["actor"].unique().tolist())) if cfg.split == "speaker" else []
     sentences = sorted(set().union(*(clips["transcript"] for clips in tables)))
     for old in folder.glob("predictions/*_out_of_fold.csv"):
         old.unlink()
@@ -1819,7 +1950,7 @@ def evaluate(runs, tables, reasons, audit, cfg):
         table = table if name == part else ensemble(table)
         tests[name] = test = table[table["split"] == "test"]
         for by_sentence in {oracle, cfg.use_simulated_sentences}:  # a pair of rows needs the same draws
-            weights = resampled(test["actor"])
+            weights = resampled(voices_of(test))
             weights = weights * resampled(test["transcript"], sentences) if by_sentence else weights
             draws[name, by_sentence] = weighted_uar(weights, test)
         rows[name] |= figures_of(table, draws[name, oracle], unseen)
@@ -1851,13 +1982,11 @@ def result_tables(figures, several):
     for row in figures["rows"].values():
         cells = [{"note": row["status"]}] * 3
         if row["status"] == "run":
-            train, held_out, test = (row[split] for split in SPLITS)
+            train, held_out = row["train"], row["validation"]
             cells = [
                 {"train acc": f"{train['accuracy']:.1%}", "val acc": f"{held_out['accuracy']:.1%}",
                  "val UAR": f"{held_out['uar']:.1%}", "val NLL": f"{held_out['nll']:.3f}"},
-                {"UAR": f"{row['uar']:.1%}", "acc": f"{test['accuracy']:.1%}",
-                 "macro-F1": f"{test['macro_f1']:.1%}", "NLL": f"{test['nll']:.3f}",
-                 "ECE": f"{test['ece']:.3f}", "ECE if perfect": f"{row['ece_if_perfect']:.3f}"},
+                test_cells(row),
                 {"UAR": f"{row['uar']:.1%}", "95 % interval": "{:.1%} to {:.1%}".format(*row["interval"]),
                  **{f"SD {key}": "-" if value is None else f"{100 * value:.1f}"
                     for key, value in row["spread"].items()},
@@ -1870,6 +1999,14 @@ def result_tables(figures, several):
                for rows in map(functools.partial(with_one_missing, figures=figures), figures["rows"]) if rows]
     tables |= {"Test UAR with one modality missing": missing} if missing else {}
     return {name: pd.DataFrame(lines).fillna("-") for name, lines in tables.items()}
+
+
+def test_cells(row):
+    """The test figures of a row as strings by heading."""
+    test = row["test"]
+    return {"UAR": f"{row['uar']:.1%}", "acc": f"{test['accuracy']:.1%}",
+            "macro-F1": f"{test['macro_f1']:.1%}", "NLL": f"{test['nll']:.3f}",
+            "ECE": f"{test['ece']:.3f}", "ECE if perfect": f"{row['ece_if_perfect']:.3f}"}
 
 
 def with_one_missing(name, figures):
@@ -1934,7 +2071,8 @@ def plot_samples(clips, cfg):
         samples = load_audio(rows["path"][emotion], cfg.sampling_rate, cfg.trim_db)
         seconds = len(samples) / cfg.sampling_rate
         wave.plot(np.linspace(0, seconds, len(samples)), samples, linewidth=0.4)
-        wave.set(title=f"{emotion} (actor {rows['actor'][emotion]})", xlim=(0, seconds), xticks=[])
+        actor = str(rows["actor"][emotion])
+        wave.set(title=emotion + f" (actor {actor})" * bool(actor), xlim=(0, seconds), xticks=[])
         mel = rows["mel"][emotion].astype(float).T  # (M, T)
         extent = (0, seconds, 0, cfg.n_mels)
         spectrogram.imshow(mel, origin="lower", aspect="auto", cmap="magma", extent=extent)
@@ -1982,9 +2120,11 @@ def plot_confusion(name, row, cfg):
 
 def draw_comparison(axis, rows, several):
     """UAR of all rows on validation and test, chance drawn in; of several runs also folds and interval."""
-    table = pd.DataFrame([{"row": row["title"], "split": split, "UAR": 100 * uar} for row in rows.values()
-                          for split, uar in (("validation", row["validation"]["uar"]), ("test", row["uar"]))])
-    sns.barplot(table, y="row", x="UAR", hue="split", ax=axis, palette=["lightsteelblue", "steelblue"])
+    table = pd.DataFrame([{"row": row["title"], "split": split, "UAR": 100 * part["uar"]}
+                          for row in rows.values()
+                          for split, part in (("validation", row.get("validation")), ("test", row)) if part])
+    colors = {"validation": "lightsteelblue", "test": "steelblue"}
+    sns.barplot(table, y="row", x="UAR", hue="split", ax=axis, palette=colors)
     for bars in axis.containers:
         axis.bar_label(bars, fmt="%.1f", fontsize=8, label_type="center")
     for place, row in enumerate(rows.values() if several else []):
@@ -2054,20 +2194,35 @@ def plot_cross_validation(rows, pairs, cfg):
 # %% 17. Report
 REPORT = "emotion_recognition_report.docx"
 docx_advice = "pip install python-docx, then --phase report makes it"
-MEANING = (
-    "UAR is the mean of the recalls of the emotions that occur; guessing gives 12.5 %. Nobody who speaks in "
-    "the test split was heard in training, unless this report says that speakers are shared.",
-    "One fold tests a fifth of the actors, and figures move by ten points and more from one set of actors to "
-    "the next: compare systems over all five folds, never on one.",
-    "Temperatures are fitted on the validation split, so its NLL and ECE flatter a little. The test split is "
-    "scored by the final models and decides nothing.",
-    "Simulated sentences are drawn by label. Rows that read them show how text and fusion work, not how well "
-    "words tell feelings: the two sentences that RAVDESS's actors speak are the same in every emotion.",
-    "RAVDESS holds acted speech of 24 North American speakers. Nothing here measures what a person feels, "
-    "and nothing here is fit for judging people.",
-    "Corpus: Livingstone S. R., Russo F. A. (2018), The Ryerson Audio-Visual Database of Emotional Speech "
-    "and Song (RAVDESS), PLoS ONE 13(5): e0196391, licence CC BY-NC-SA 4.0.",
-)
+def meaning(cfg, classes):
+    """What the figures mean, and what they do not, as sentences."""
+    foreign = cfg.phase == "evaluate"
+    sentences = {
+        "UAR is the mean of the recalls of the emotions that occur; guessing gives "
+        f"{100 / len(classes):.1f} %.": True,
+        "Nobody who speaks in the test split was heard in training, unless this report says that speakers "
+        "are shared.": not foreign,
+        "One fold tests a fifth of the actors, and figures move by ten points and more from one set of "
+        "actors to the next: compare systems over all five folds, never on one.":
+            cfg.split == "speaker" and not foreign,
+        "Temperatures are fitted on the validation split, so its NLL and ECE flatter a little. The test "
+        "split is scored by the final models and decides nothing.": not foreign,
+        "Temperatures and fusion weights are those of the training; nothing was fitted on these clips. "
+        "Probabilities are renormalised over the emotions that both know.": foreign,
+        "Simulated sentences are drawn by label. Rows that read them show how text and fusion work, not how "
+        "well words tell feelings.": cfg.use_simulated_sentences,
+        "The two sentences that RAVDESS's actors speak are the same in every emotion. RAVDESS holds acted "
+        "speech of 24 North American speakers.": not cfg.manifest,
+        "Nothing here measures what a person feels, and nothing here is fit for judging people.": True,
+        "Corpus: Livingstone S. R., Russo F. A. (2018), The Ryerson Audio-Visual Database of Emotional "
+        "Speech and Song (RAVDESS), PLoS ONE 13(5): e0196391, licence CC BY-NC-SA 4.0.": not cfg.manifest,
+        f"Corpus: the clips of {cfg.manifest}.": bool(cfg.manifest)}
+    return [sentence for sentence, holds in sentences.items() if holds]
+
+
+def printable(text):
+    """A text with a question mark for every character that XML does not admit."""
+    return re.sub(r"[^\t\n\x20-\ud7ff\ue000-\ufffd]", "?", text)
 
 
 def add_table(document, table):
@@ -2078,8 +2233,7 @@ def add_table(document, table):
     lengths = [7 + min(28, max(map(len, column))) for column in zip(*lines)]
     for line in lines:
         for cell, value in zip(grid.add_row().cells, line):
-            text = re.sub(r"[^\t\n\x20-\ud7ff\ue000-\ufffd]", "?", value)  # what XML admits
-            cell.paragraphs[0].add_run(text).font.size = Pt(8)
+            cell.paragraphs[0].add_run(printable(value)).font.size = Pt(8)
     for column, length in zip(grid.columns, lengths):
         column.width = Cm(17 * length / sum(lengths))
     document.add_paragraph()  # tables that touch become one
@@ -2095,7 +2249,8 @@ def write_document(path, title, sections, cfg):
     document = docx.Document()
     page = document.sections[0]
     page.left_margin = page.right_margin = Cm(2)
-    page.header.paragraphs[0].text = "; ".join(marks(cfg)) or "RAVDESS, unseen speakers"
+    page.header.paragraphs[0].text = printable(
+        "; ".join(marks(cfg)) or f"{Path(cfg.manifest).name or 'RAVDESS'}, unseen speakers")
     document.add_heading(title, 0)
     for heading, parts in sections.items():
         document.add_heading(heading, 1)
@@ -2105,7 +2260,7 @@ def write_document(path, title, sections, cfg):
             elif isinstance(part, Path):
                 document.add_picture(str(part), width=Cm(17))
             else:
-                document.add_paragraph(part, "List Bullet")
+                document.add_paragraph(printable(part), "List Bullet")
     with replacing(path) as temporary:
         document.save(temporary)
 
@@ -2139,13 +2294,15 @@ def write_report(figures, study, cfg):
             for pair in figures["pairs"] if pair["row"] in rows and pair["against"] in rows])]
     if study is not None:
         sections["How reliable must words be before fusion helps?"] = study_section(study, cfg)
-    sections["Test UAR by intensity and sex"] = [pd.DataFrame(groups)]
+    if len(groups[0]) > 1:
+        sections["Test UAR by intensity and sex"] = [pd.DataFrame(groups)]
     for name in shown:
         by_emotion = pd.DataFrame(ran[name]["test"]["per_class"]).T.round(3).rename_axis("emotion")
         sections[f"{ran[name]['title']}: test results by emotion, and the most confident mistakes"] = [
             by_emotion.reset_index(), pd.DataFrame(ran[name]["mistakes"])]
     write_document(Path(cfg.output_dir, REPORT), "Speech emotion recognition: report", sections | {
-        "Plots": plot_paths(rows, cfg), "What the figures mean, and what they do not": MEANING,
+        "Plots": plot_paths(rows, cfg),
+        "What the figures mean, and what they do not": meaning(cfg, figures["classes"]),
         "How to repeat this": [figures["command"], str(figures["versions"])],
         "Settings": [pd.DataFrame(figures["settings"].items(), columns=["setting", "value"])]}, cfg)
 
@@ -2238,8 +2395,7 @@ def study_findings(table):
                 if len(helps) else "at no level of noise"),
             f"with the most noise words alone reach {useless['text_uar'].iloc[0]:.1%} (chance "
             f"{useless['chance'].max():.1%}). What fusion then changes against sound alone, in points: "
-            + ", ".join(
-                f"{line['title']} {points(line, 'minus_audio')}" for _, line in useless.iterrows()),
+            + ", ".join(f"{line['title']} {points(line, 'minus_audio')}" for _, line in useless.iterrows()),
             f"the safest fusion is {floor.index[0]}. Points from the better of sound and words where that is "
             "worst: " + ", ".join(f"{key} {100 * gain:+.1f}" for key, gain in floor.items()),
             "with one modality missing, points from the model that never had it: " + ", ".join(
@@ -2322,9 +2478,9 @@ class Predictor:
         runs = sorted(Path(output_dir).glob("fold_*_seed_*"))
         if runs and not file_of(self.folder, "checkpoint", "cnn").exists():
             raise UserError(f"{output_dir} holds several runs: name one of them, --output-dir {runs[0]}")
-        checkpoint = read_checkpoint(file_of(self.folder, "checkpoint", "cnn"))
-        self.classes, self.cfg = checkpoint["classes"], SimpleNamespace(**checkpoint["config"])
-        self.heard = SimpleNamespace(**checkpoint["config"] | {"use_simulated_sentences": False})  # for marks
+        self.checkpoint = checkpoint = read_checkpoint(file_of(self.folder, "checkpoint", "cnn"))
+        self.classes, self.cfg = checkpoint["classes"], SimpleNamespace(**checkpoint["config"], notes=[])
+        self.heard = SimpleNamespace(**vars(self.cfg) | {"use_simulated_sentences": False})  # for marks
         self.trained = [name for name in MODELS if file_of(self.folder, "checkpoint", name).exists()]
         self.load("cnn")
 
@@ -2594,7 +2750,9 @@ def reuse(title, key, files, cfg, make):
 
 def data_phase(clips, cfg, device):
     """Split and transcribe clips that have features: the table of one run, with all its columns."""
-    clips = add_transcripts(split_clips(clips, cfg), cfg, device)
+    clips = split_clips(clips, cfg)
+    if "transcript" not in clips:  # a manifest may have its own
+        clips = add_transcripts(clips, cfg, device)
     save_table(Path(cfg.output_dir, "clips.csv"), clips.drop(columns="mel"), cfg)
     return clips
 
@@ -2756,6 +2914,76 @@ def experiment(clips, audit, names, cfg, device):
     evaluate(runs, tables, reasons, sentences, cfg)
 
 
+def known_clips(clips, classes, cfg):
+    """(the clips of a foreign corpus whose emotion the models know, all of them test; who is left out)."""
+    shared = [emotion for emotion in classes if emotion in classes_of(clips)]
+    if len(shared) < 2:
+        raise UserError(f"{cfg.manifest} has {', '.join(shared) or 'no emotion'} in common with the models of"
+                        f" {cfg.output_dir}, fewer than two of {', '.join(classes)}: see --manifest")
+    counts = clips["emotion"].value_counts(sort=False).drop(shared)
+    left_out = ", ".join(f"{emotion} {n}" for emotion, n in counts.items()) or "none"
+    clips = clips[clips["emotion"].isin(shared)].assign(split="test")
+    return (clips.astype({"emotion": pd.CategoricalDtype(shared)}),
+            f"Emotions compared: {', '.join(shared)}. Clips left out, unknown to the models: {left_out}.")
+
+
+def evaluate_phase(cfg):
+    """Score the models of OUTPUT_DIR, as they were trained, on a foreign corpus; into a folder of its own."""
+    predictor = Predictor(cfg.output_dir, pick_device(cfg))
+    own = predictor.checkpoint
+    folder = Path(cfg.output_dir, f"evaluation_{Path(cfg.manifest).stem}")
+    same = Path(own["config"].get("manifest") or ".").resolve() == Path(cfg.manifest).resolve()
+    work = SimpleNamespace(**vars(cfg) | own["features"] | {
+        "output_dir": str(folder), "cache_dir": str(folder), "use_simulated_sentences": False,
+        "split": "speaker", "notes": [
+            f"models of {cfg.output_dir} on another corpus",
+            *["trained on clips of this very table: the figures flatter"] * same,
+            *(f"in training: {mark}" for mark in own["marks"])]})
+    clips, audit = index_manifest(cfg.manifest)
+    clips, shared = known_clips(clips, own["classes"], cfg)
+    clips = add_features(clips, audit, work)
+    sentences = [*describe_audit(clips, audit), shared]
+    print("\n".join(sentences))
+    for old in [*folder.glob("plots/*.png"), *folder.glob("predictions/*.csv"), *folder.glob("*.docx")]:
+        old.unlink()
+    names = predictor.rows() if "transcript" in clips else ["cnn"]
+    rows = {name: {"title": ROWS[name].title, "status": "run" if name in names else
+                   f"not run: {cfg.manifest} has no column transcript"} for name in predictor.rows()}
+    answers = predictor.answers(clips, names)
+    places, weights = list(map(own["classes"].index, classes_of(clips))), resampled(voices_of(clips))
+    for name, probabilities in answers.items():
+        shares = probabilities[:, places].clip(1e-7)
+        table = predictions_table(clips, shares / shares.sum(axis=1, keepdims=True))
+        save_table(file_of(work, "predictions", name), table, work)
+        rows[name] |= figures_of(table.assign(fold=0, seed=0), weighted_uar(weights, table), [])
+    figures = described(cfg) | {"marks": marks(work), "settings": settings_of(work), "audit": sentences,
+                                "classes": classes_of(clips), "rows": rows}
+    save(folder / "metrics.json", figures)
+    report_foreign(figures, work)
+
+
+def report_foreign(figures, cfg):
+    """Table, plots and .docx of an evaluation on a foreign corpus."""
+    ran = {name: row for name, row in figures["rows"].items() if row["status"] == "run"}
+    table = pd.DataFrame([{"model": row["title"]} | (
+        test_cells(row) | {"95 % interval": "{:.1%} to {:.1%}".format(*row["interval"])}
+        if row["status"] == "run" else {"note": row["status"]}) for row in figures["rows"].values()])
+    table = table.fillna("-")
+    print(f"\nTest ({'; '.join(marks(cfg))})\n{table.to_string(index=False)}")
+    plot_comparison(ran, False, cfg)
+    plot_reliability(ran, cfg)
+    for name, row in ran.items():
+        plot_confusion(name, row, cfg)
+    plots = ["comparison", "reliability", *(f"confusion_{ROWS[name].stem}" for name in ran)]
+    path = Path(cfg.output_dir, REPORT)
+    if importlib.util.find_spec("docx") is not None:
+        write_document(path, f"Speech emotion recognition: {Path(cfg.manifest).name}", {
+            "Data": figures["audit"], "Test": [table], "Plots": [plot_path(name, cfg) for name in plots],
+            "What the figures mean, and what they do not": meaning(cfg, figures["classes"]),
+            "How to repeat this": [figures["command"], str(figures["versions"])]}, cfg)
+    print(f"Report: {path}" if path.exists() else f"{path} is left out: {docx_advice}")
+
+
 @contextlib.contextmanager
 def locked(cfg):
     """Keep other runs out of all folders that this one writes to, until it ends or is killed."""
@@ -2773,17 +3001,16 @@ def locked(cfg):
         yield
 
 
-def run_phases(cfg):
-    """Do what the settings ask for. Raises UserError."""
-    if not in_kernel():
-        plt.switch_backend("agg")
-        with contextlib.suppress(AttributeError):
-            sys.stdout.reconfigure(errors="replace")  # consoles that know few letters
-    if cfg.phase in ("report", "predict"):
-        return report_phase(cfg) if cfg.phase == "report" else predict_phase(cfg)
-    device, names = pick_device(cfg), models_to_run(cfg)
+def train_phases(cfg):
+    """Train, combine, score and report what the settings ask for. Raises UserError."""
+    device = pick_device(cfg)
+    if cfg.manifest:
+        clips, audit = index_manifest(cfg.manifest)
+        adapt_settings(cfg, clips)
+    names = models_to_run(cfg)
     if not names:
-        raise UserError(f"--run-models {cfg.run_models} leaves --phase {cfg.phase} nothing to do")
+        raise UserError(cfg.no_words or
+                        f"--run-models {cfg.run_models} leaves --phase {cfg.phase} nothing to do")
     if cfg.demo:
         metrics_file = Path(cfg.output_dir, "metrics.json")
         if metrics_file.exists() and "synthetic" not in metrics_file.read_text(encoding="utf-8"):
@@ -2791,10 +3018,11 @@ def run_phases(cfg):
         write_demo_corpus(cfg.ravdess_path)
         if "bert_model" not in cfg.given and "bert" in names:
             write_demo_encoder(cfg.bert_model)
-    corpus, levels = find_corpus(cfg), study_settings(cfg)
+    corpus, levels = cfg.manifest or find_corpus(cfg), study_settings(cfg)
     if cfg.phase != "data":
         check_needs([run for level in levels for run in runs_of(level)], names, cfg)
-    clips, audit = index_clips(corpus)
+    if not cfg.manifest:
+        clips, audit = index_clips(corpus)
     clips = add_features(clips, audit, cfg)
     for level in levels:
         share_audio(cfg, level)
@@ -2808,8 +3036,14 @@ def run_phases(cfg):
 def main(argv=None):
     """Run the phases that the settings ask for; `argv` as on the command line. Raises UserError."""
     cfg = parse_settings(argv)
+    plt.rcParams["text.parse_math"] = False  # a dollar in a name is a dollar
+    if not in_kernel():
+        plt.switch_backend("agg")
+        with contextlib.suppress(AttributeError):
+            sys.stdout.reconfigure(errors="replace")  # consoles that know few letters
+    phases = {"report": report_phase, "predict": predict_phase, "evaluate": evaluate_phase}
     with contextlib.nullcontext() if cfg.phase == "predict" else locked(cfg):  # that changes no result
-        run_phases(cfg)
+        phases.get(cfg.phase, train_phases)(cfg)
 
 
 # %% 22. Run

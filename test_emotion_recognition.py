@@ -1103,6 +1103,251 @@ def test_a_clip_of_four_seconds_is_answered_in_a_hundredth_of_its_time(demo):
     assert seconds <= 0.04
 
 
+# %% Another corpus
+OWN_REPORT = "outputs/emotion_recognition_report.docx"
+
+
+def own_corpus(emotions, speakers=(1, 2, 3, 4), takes=1, **columns):
+    """Write clips and own/corpus.csv, columns as functions of (emotion, speaker, take); returns the flags."""
+    columns = {"emotion": lambda emotion, *_: emotion, "speaker": lambda _, speaker, __: speaker} | columns
+    rng, lines = np.random.default_rng(0), []
+    for what in itertools.product(emotions, speakers, range(takes)):
+        voice, actor = er.EMOTIONS[emotions.index(what[0]) % 8], speakers.index(what[1])
+        touch("own", f"sound/{len(lines):03}.wav")
+        path = written(f"own/sound/{len(lines):03}.wav", er.synthesize(voice, actor, rng, RATE))
+        lines.append({"path": path.relative_to("own")} | {key: of(*what) for key, of in columns.items()})
+    pd.DataFrame(lines).to_csv("own/corpus.csv", index=False)
+    return ["--manifest", "own/corpus.csv", *TINY]
+
+
+def manifest(*lines, header="path,emotion,speaker,split", path="m.csv"):
+    """Write a table of clips; files of these names are there, but no sound."""
+    Path(path).write_text("\n".join([header, *lines]), encoding="utf-8")
+    touch(".", *(line.split(",")[0].replace("\\", "/") for line in lines if line[0] not in ",/"))
+    return path
+
+
+def third(line, last="sad", **options):
+    """What writes a manifest with this line as its third."""
+    return lambda _: manifest("a.wav,happy,1,train", line, f"c.wav,{last},2,test", **options)
+
+
+def text_of(path):
+    """All text of a .docx, its tables and header too."""
+    import docx
+    document = docx.Document(path)
+    cells = [cell.text for table in document.tables for row in table.rows for cell in row.cells]
+    return "\n".join([document.sections[0].header.paragraphs[0].text, *cells,
+                      *(part.text for part in document.paragraphs)])
+
+
+def test_a_manifest_has_its_own_emotions_those_of_ravdess_first_then_by_alphabet():
+    clips, audit = er.index_manifest(manifest(
+        "b.wav, Zeal ,7,", "x\\a.wav,SAD,12,", "c.wav,pleased  a lot,7,", "d.wav,neutral,7,",
+        "/no/e.wav,sad,7,"))
+    assert er.classes_of(clips) == ["neutral", "sad", "pleased a lot", "zeal"]
+    assert list(clips) == ["clip", "path", "emotion", "actor", "digest"] and audit["lines"] == 5
+    assert list(clips["clip"]) == ["b.wav", "c.wav", "d.wav", "x/a.wav"]
+    assert clips["actor"].tolist() == [7, 7, 7, 12] and list(audit["left_out"]) == [str(Path("/no/e.wav"))]
+
+
+def test_paths_of_a_manifest_start_in_its_folder():
+    touch("deep", "sound/a.wav", "sound/b.wav")
+    manifest("sound/a.wav,happy", f"{Path.cwd() / 'deep/sound/b.wav'},sad", header="path,emotion",
+             path="deep/m.csv")
+    clips, audit = er.index_manifest("deep/m.csv")
+    there = {Path("deep/sound/a.wav"), Path.cwd() / "deep/sound/b.wav"}
+    assert {Path(path) for path in clips["path"]} == there
+    assert audit["left_out"] == {} and list(clips["actor"]) == ["", ""]
+
+
+@pytest.mark.parametrize(("speakers", "expected"), [
+    (["2", "10"], [2, 10]), (["02", "10"], ["02", "10"]), (["nan", "1"], ["nan", "1"]),
+    (["1.0", "2"], ["1.0", "2"])])
+def test_speakers_are_numbers_only_if_all_are_whole_and_plain(speakers, expected):
+    clips, _ = er.index_manifest(manifest(f"a.wav,happy,{speakers[0]}", f"b.wav,sad,{speakers[1]}",
+                                          header="path,emotion,speaker"))
+    assert clips["actor"].tolist() == expected
+
+
+@pytest.mark.parametrize("fold", range(4))
+def test_a_manifest_is_split_by_speaker(fold):
+    speakers = ["ann", "bob", "cy", "dee"]
+    lines = [f"{name}_{emotion}.wav,{emotion},{name}" for name in speakers for emotion in ("sad", "odd")]
+    clips, _ = er.index_manifest(manifest(*lines, header="path,emotion,speaker"))
+    cfg = config(folds=str(fold), manifest="m.csv")
+    er.adapt_settings(cfg, clips)
+    clips = er.split_clips(clips, cfg)
+    assert set(clips["actor"][clips["split"] == "test"]) == {speakers[fold]} and cfg.split == "speaker"
+    assert clips.groupby("actor")["split"].nunique().max() == 1
+
+
+@pytest.mark.parametrize(("second", "split", "shared"), [
+    ("2", "manifest", ""), ("1", "shared", "1 actors stand in several splits")])
+def test_a_split_of_the_manifest_is_kept_and_shared_speakers_are_counted(second, split, shared):
+    lines = [f"{emotion}{place}.wav,{emotion},{speaker},{name}" for emotion in ("sad", "odd")
+             for place, (speaker, name) in enumerate((("1", "train"), (second, "Test"), ("3", "validation")))]
+    clips, _ = er.index_manifest(manifest(*lines))
+    cfg = config(manifest="m.csv")
+    er.adapt_settings(cfg, clips)
+    clips = er.split_clips(clips, cfg)
+    assert list(clips["split"]) == ["train", "test", "validation"] * 2
+    sentence = er.describe_split(clips, cfg)
+    assert cfg.split == split and sentence.startswith("Split of the manifest: train 2 clips of actors 1; ")
+    assert shared in sentence if shared else "stand in" not in sentence
+    assert ("speakers shared" in str(er.marks(cfg))) == bool(shared)
+
+
+def test_without_speakers_the_split_is_random_and_everything_says_so():
+    command = own_corpus(["sad", "happy"], takes=3, speaker=lambda *_: "", transcript=lambda *_: "So it is.")
+    er.main([*command, "--phase", "unimodal", "--run-models", "rnn"])
+    figures, clips = read_json("outputs/metrics.json"), pd.read_csv("outputs/clips.csv")
+    assert figures["marks"] == ["random split: speakers shared between splits"]
+    assert "No speakers are named" in str(figures["audit"]) and "of actors" not in str(figures["audit"])
+    assert set(clips["split"]) == set(er.SPLITS) and figures["rows"]["rnn"]["status"] == "run"
+    table = er.read_predictions(config(), "rnn")
+    assert list(er.voices_of(table)) == list(table["clip"]) and set(table["actor"]) == {""}
+
+
+def test_names_that_look_like_something_else_survive_the_whole_pipeline(trained):
+    emotions, speakers = ["nan", "null", "$x_y", "<b>&", "1", "happy"], ["001", "NA", "None", "$s_1$"]
+    command = own_corpus(emotions, speakers, transcript=lambda emotion, *_: f"<i>& $a_ {emotion}\x07\u4f60")
+    command += ["--run-models", "cnn,rnn,fusion_rnn", "--test-views", "2"]
+    er.main(command)
+    figures = read_json("outputs/metrics.json")
+    ran = {name: row for name, row in figures["rows"].items() if row["status"] == "run"}
+    assert set(ran) == {"cnn", "cnn_views", "rnn", "fusion_rnn", "late_rnn", "learned_rnn"}
+    assert figures["classes"] == ["happy", "$x_y", "1", "<b>&", "nan", "null"]
+    assert figures["marks"] == [] and "oracle" not in str([row["title"] for row in ran.values()])
+    for name in ran:
+        table = er.read_predictions(config(), name)
+        assert set(table["actor"]) == set(speakers) and er.classes_of(table) == figures["classes"]
+        assert set(table["true"]) == set(emotions) and set(table["predicted"]) <= set(emotions)
+    text = text_of(OWN_REPORT)
+    for words in ("corpus.csv, unseen speakers", "<b>&", "$x_y", "16.7 %", "001: 6", "of own/corpus.csv"):
+        assert words in text, words
+    for words in ("RAVDESS,", "oracle", "intensity", "Simulated sentences", "North American"):
+        assert words not in text, words
+    import docx
+    assert min(len(table.rows) for table in docx.Document(OWN_REPORT).tables) > 1
+    er.main(command)
+    assert trained == ["cnn", "rnn", "fusion_rnn"]
+
+
+def test_an_emotion_without_sentences_leaves_sound_alone():
+    er.main([*own_corpus(["happy", "contempt"]), "--phase", "unimodal"])
+    figures = read_json("outputs/metrics.json")
+    rows = figures["rows"]
+    assert rows["cnn"]["status"] == "run" and figures["marks"] == []
+    reason = "not run: no sentences for contempt: add a column transcript to own/corpus.csv"
+    assert all(rows[name]["status"].startswith(reason) for name in ("rnn", "bert", "fusion_rnn"))
+    assert rows["late_rnn"]["status"] == "not run: TextRNN did not run"
+
+
+def test_own_sentences_serve_the_emotions_of_a_manifest_and_are_an_oracle():
+    emotions = ["happy", "contempt"]
+    write_sentences("s.csv", "contempt,Of course.", emotions=emotions)
+    er.main([*own_corpus(emotions), "--phase", "data", "--sentences-csv", "s.csv"])
+    clips = pd.read_csv("outputs/clips.csv")
+    said = {"Of course.": "contempt"}
+    drawn = (said.get(text, text.split()[-2]) for text in clips["transcript"])
+    assert list(drawn) == list(clips["emotion"])
+    assert read_json("outputs/audit.json")["marks"] == ["text: simulated sentences (oracle)"]
+
+
+NAMES = {  # of the README's corpora: file names with the emotion and speaker that are meant
+    "CREMA-D": {"AudioWAV/1001_DFA_ANG_XX.wav": ("angry", "1001"), "1091_WSI_SAD_HI.wav": ("sad", "1091")},
+    "TESS": {"OAF_angry/OAF_back_angry.wav": ("angry", "OAF"), "copy/OAF_back_angry.wav": ("angry", "OAF"),
+             "YAF_Pleasant/YAF_young_ps.wav": ("surprised", "YAF"), "OAF_dog_fear.wav": ("fearful", "OAF"),
+             "OAF_neutral/OA_bite_neutral.wav": ("neutral", "OAF")},
+    "SAVEE": {"DC_a01.wav": ("angry", "DC"), "JE/sa01.wav": ("sad", "JE"),
+              "KL/KL_su01.wav": ("surprised", "KL"), "AudioData/JK/n30.wav": ("neutral", "JK")},
+    "EMO-DB": {"wav/03a01Wa.wav": ("angry", "03"), "wav/16b10Lb.wav": ("bored", "16"),
+               "08a02Fe.wav": ("happy", "08"), "03a01Ab.wav": ("fearful", "03")},
+}
+
+
+@pytest.mark.parametrize("corpus", NAMES)
+def test_the_recipes_of_the_readme_make_manifests(corpus):
+    text = (SCRIPT.parent / "README.md").read_text(encoding="utf-8").split("## Another corpus")[1]
+    recipes = re.findall(r"```python\n(.+?)```", text, re.DOTALL)
+    (recipe,) = [code for code in recipes if f'"{corpus}"' in code]
+    touch(corpus, *NAMES[corpus])
+    exec(recipe, {})
+    clips, audit = er.index_manifest(f"{corpus.lower()}.csv")
+    found = {Path(row.clip).name: (row.emotion, str(row.actor)) for row in clips.itertuples()}
+    assert found == {Path(name).name: meant for name, meant in NAMES[corpus].items()}
+    assert audit["left_out"] == {} and ("transcript" in clips) == (corpus == "TESS")
+
+
+@pytest.fixture
+def evaluated(copied):
+    """(figures, clips) of the demo's models on another corpus, of which they know happy and sad."""
+    command = own_corpus(["sad", "odd", "happy"], [7, 8], transcript=lambda emotion, *_: f"It is {emotion}.")
+    before = contents(OUTPUT)
+    er.main([*command, "--output-dir", str(OUTPUT), "--phase", "evaluate"])
+    assert before.items() <= contents(OUTPUT).items()
+    clips, _ = er.index_manifest("own/corpus.csv")
+    return read_json(OUTPUT / "evaluation_corpus/metrics.json"), clips[clips["emotion"] != "odd"]
+
+
+FOREIGN = OUTPUT / "evaluation_corpus"
+
+
+def test_trained_models_are_scored_on_the_emotions_that_another_corpus_shares(evaluated):
+    figures, clips = evaluated
+    assert figures["classes"] == ["happy", "sad"] and list(figures["rows"]) == list(STEMS)
+    assert {row["status"] for row in figures["rows"].values()} == {"run"}
+    assert "Clips left out, unknown to the models: odd 2." in figures["audit"][-1]
+    assert "6 lines in own/corpus.csv: 4 clips of 2 actors are used" in figures["audit"][0]
+    assert figures["marks"] == ["models of outputs/demo on another corpus",
+                                "in training: synthetic demo corpus: the figures mean nothing",
+                                "in training: text: simulated sentences (oracle)"]
+    for name, row in figures["rows"].items():
+        table = er.read_predictions(config(output_dir=FOREIGN), name)
+        assert set(table["clip"]) == set(clips["clip"]) and set(table["true"]) == {"happy", "sad"}
+        assert row["uar"] == pytest.approx((table["true"] == table["predicted"]).mean())
+        assert row["interval"][0] <= row["uar"] <= row["interval"][1] and "oracle" not in row["title"]
+        assert "on another corpus; in training: synthetic" in table["marks"][0]
+    document = text_of(FOREIGN / "emotion_recognition_report.docx")
+    assert "nothing was fitted on these clips" in document and "50.0 %" in document
+    assert {path.stem for path in FOREIGN.glob("plots/*.png")} == {
+        "comparison", "reliability", *(f"confusion_{stem}" for stem in STEMS.values())}
+
+
+@pytest.mark.parametrize("name", ["cnn", "fusion_rnn", "late_rnn", "learned_rnn"])
+def test_a_foreign_answer_is_that_of_the_checkpoint_renormalised(name, evaluated):
+    cfg = config(output_dir=OUTPUT)
+    clips, audit = er.index_manifest("own/corpus.csv")
+    clips = er.add_features(clips[clips["emotion"] != "odd"], audit, cfg)
+
+    def answers(model):
+        checkpoint = torch.load(er.file_of(cfg, "checkpoint", model), weights_only=True)
+        model = er.restore_model(er.file_of(cfg, "checkpoint", model))
+        logits = er.predict(model, er.ClipDataset(clips, model, cfg, "cpu"))
+        return (logits / checkpoint["temperature"]).softmax(dim=1)
+    if name in er.MODELS:
+        expected = answers(name)
+    else:
+        parts = [answers(part) for part in ("cnn", "rnn")]
+        weights = read_json(OUTPUT / "LearnedFusion_RNN.json")
+        expected = sum(parts) if name == "late_rnn" else torch.exp(
+            weights["cnn"] * parts[0].log() + weights["rnn"] * parts[1].log())
+    expected = expected[:, [er.EMOTIONS.index("happy"), er.EMOTIONS.index("sad")]]
+    table = er.read_predictions(config(output_dir=FOREIGN), name).set_index("clip").loc[clips["clip"]]
+    assert np.allclose(table[["happy", "sad"]], expected / expected.sum(dim=1, keepdim=True), atol=1e-5)
+
+
+def test_a_foreign_corpus_without_words_is_only_heard_with_the_features_of_the_checkpoint(copied):
+    command = own_corpus(["happy", "sad"], speaker=lambda *_: "")
+    er.main([*command, "--output-dir", str(OUTPUT), "--phase", "evaluate", "--n-mels", "32"])
+    figures = read_json(FOREIGN / "metrics.json")
+    assert figures["rows"].pop("cnn")["status"] == "run" and figures["settings"]["n_mels"] == 64
+    assert {row["status"] for row in figures["rows"].values()} == {
+        "not run: own/corpus.csv has no column transcript"}
+    assert "intervals draw single clips" in str(figures["audit"])
+
+
 # %% Whisper
 @pytest.fixture
 def tiny_whisper(tmp_path, monkeypatch):
@@ -1491,8 +1736,8 @@ class Hostile:
         return Path.touch, (Path("executed"),)
 
 
-def remove(pattern):
-    for path in [path for path in Path("own").rglob(pattern) if path.is_file()]:
+def remove(pattern, folder="own"):
+    for path in [path for path in Path(folder).rglob(pattern) if path.is_file()]:
         path.unlink()
 
 
@@ -1503,10 +1748,10 @@ def rename_mask(folder):
         path.write_text(path.read_text(encoding="utf-8").replace("[MASK]", "<mask>"), encoding="utf-8")
 
 
-def write_sentences(path, third="happy,What a day.", last=5):
+def write_sentences(path, third="happy,What a day.", last=5, emotions=er.EMOTIONS):
     """A table of five sentences an emotion, `last` for the last one, with `third` as its third line."""
-    lines = [f"{emotion},Sentence {emotion} {number}" for emotion in er.EMOTIONS
-             for number in range(last if emotion == er.EMOTIONS[-1] else 5)]
+    lines = [f"{emotion},Sentence {emotion} {number}" for emotion in emotions
+             for number in range(last if emotion == emotions[-1] else 5)]
     Path(path).write_text("\n".join(["emotion,sentence", lines[0], third, *lines[1:]]), encoding="utf-8")
 
 
@@ -1520,7 +1765,7 @@ def break_torchaudio(monkeypatch):
 
 
 CNN, CACHE = OUTPUT / "AudioCNN_best.pth", OUTPUT / "ravdess_transcripts_simulated.pkl"
-OWN, REPORT = f"--ravdess-path {CORPUS}", "--demo --phase report"
+OWN, REPORT, OWN_CSV = f"--ravdess-path {CORPUS}", "--demo --phase report", "--manifest m.csv"
 FUSE = "--demo --phase fusion --run-models fusion_rnn"
 WHISPER = f"{OWN} --phase data --no-use-simulated-sentences --whisper-model"
 ONE_SENTENCE = {  # what is wrong: (command line, what the sentence must name, how it is made so)
@@ -1600,6 +1845,47 @@ ONE_SENTENCE = {  # what is wrong: (command line, what the sentence must name, h
     "no sentence table": (f"{OWN} --sentences-csv s.csv", "s.csv|CSV|--sentences-csv"),
     "other columns": (f"{OWN} --sentences-csv s.csv", "s.csv|line 1",
                       lambda _: Path("s.csv").write_text("a,b\n1,2\n")),
+    "manifest and demo": (f"--demo {OWN_CSV}", "--manifest m.csv|--demo"),
+    "manifest and corpus": (f"{OWN} {OWN_CSV}", "--manifest m.csv|--ravdess-path"),
+    "no manifest": (OWN_CSV, "m.csv|CSV|--manifest"),
+    "manifest, no emotions": (OWN_CSV, "m.csv|path and emotion in line 1|--manifest",
+                              third("b.wav", header="path,feeling")),
+    "manifest, no path": (OWN_CSV, "m.csv line 3|no path|--manifest", third(",sad,1,train")),
+    "manifest, no emotion": (OWN_CSV, "m.csv line 3|no emotion", third("b.wav, ,1,train")),
+    "manifest, a path twice": (OWN_CSV, "m.csv line 3|line 2 again", third("./a.wav,sad,1,train")),
+    "manifest, no such split": (OWN_CSV, "m.csv line 3|'dev'|validation", third("b.wav,sad,1,dev")),
+    "manifest, no split": (OWN_CSV, "m.csv line 3|''|validation", third("b.wav,sad,1,")),
+    "manifest, no speaker": (OWN_CSV, "m.csv line 3|no speaker", third("b.wav,sad,,train")),
+    "manifest, a column's name": (OWN_CSV, "m.csv line 3|'Accuracy'", third("b.wav,Accuracy,1,test")),
+    "manifest, a comma too many": (OWN_CSV, "m.csv line 3|quote", third("b.wav,so, so,1,train")),
+    "manifest, one emotion": (OWN_CSV, "m.csv|two emotions", third("b.wav,HAPPY,1,train", "happy")),
+    "manifest, no files": (OWN_CSV, "no clip in m.csv|--manifest",
+                           lambda patch: (third("b.wav,sad,1,test")(patch), remove("[abc].wav", "."))),
+    "manifest, folds of a split": (f"{OWN_CSV} --folds 1", "m.csv|column split|--folds",
+                                   third("b.wav,sad,1,train")),
+    "manifest, runs of a split": (f"{OWN_CSV} --runs 2", "m.csv|column split|--runs",
+                                  third("b.wav,sad,1,train")),
+    "manifest, split twice": (f"{OWN_CSV} --split random", "m.csv|column split|--split random",
+                              third("b.wav,sad,1,train")),
+    "manifest, nobody's folds": (f"{OWN_CSV} --folds 1", "m.csv|no column speaker|--folds",
+                                 third("b.wav,sad", header="path,emotion,a,b")),
+    "manifest, a split empty": ("--manifest own/corpus.csv --run-models cnn", "no happy|for validation|--m",
+                                lambda _: own_corpus(["happy", "sad"], split=lambda *_: "train")),
+    "manifest, two speakers": ("--manifest own/corpus.csv --run-models cnn", "2 actor|--manifest|--split",
+                               lambda _: own_corpus(["happy", "sad"], [1, 2])),
+    "manifest, no words": (f"{OWN_CSV} --run-models rnn", "no sentences for odd|transcript|m.csv",
+                           third("b.wav,odd,1,train")),
+    "manifest, study of transcripts": (f"{OWN_CSV} --phase study", "--phase study|m.csv|transcripts",
+                                       third("b.wav,sad,1,So", header="path,emotion,speaker,transcript")),
+    "evaluate, no manifest": ("--phase evaluate", "--phase evaluate|--manifest"),
+    "evaluate, no model": (f"{OWN_CSV} --phase evaluate --output-dir none", "AudioCNN_best.pth|--output-dir"),
+    "evaluate, nothing in common": (
+        f"{OWN_CSV} --phase evaluate --output-dir {OUTPUT}", "m.csv|no emotion|neutral",
+        lambda _: manifest("a.wav,odd", "b.wav,bored", header="path,emotion")),
+    "manifest, sentences of others": (
+        f"{OWN_CSV} --sentences-csv s.csv", "s.csv line 3|'calm' is none of happy, sad|--sentences-csv",
+        lambda patch: (third("b.wav,sad,1,train")(patch),
+                       write_sentences("s.csv", "calm,Well.", emotions=["happy", "sad"]))),
     "Whisper of text": (f"{WHISPER} a.pt", "--whisper-model a.pt", lambda _: touch(".", "a.pt")),
     "Whisper of others": (f"{WHISPER} a.pt", "--whisper-model a.pt", lambda _: torch.save({"a": 1}, "a.pt")),
 }
