@@ -44,6 +44,8 @@ import shutil
 import sys
 import time
 import timeit
+import zipfile
+import zlib
 from collections import Counter, namedtuple
 from pathlib import Path, PureWindowsPath
 from types import SimpleNamespace
@@ -70,6 +72,7 @@ from tqdm.contrib.concurrent import thread_map
 # What to run
 RAVDESS_PATH = "./archive/audio_speech_actors_01-24/"  # folder that is searched for RAVDESS speech clips
 MANIFEST = ""  # a corpus of your own: a CSV with path, emotion and maybe speaker, transcript, split
+DOWNLOAD = False  # fetch the official archive of RAVDESS (208 MB) first, if the corpus is not there
 OUTPUT_DIR = "outputs"           # folder for checkpoints, tables, plots and the report
 PHASE = "all"                    # stages to run; fusion trains its parts too if RUN_MODELS has them
 RUN_MODELS = "cnn,rnn,bert,fusion_rnn,fusion_bert"  # models to train, comma-separated
@@ -218,8 +221,8 @@ def check_settings(cfg):
             raise UserError(f"{flag} {value!r} is none of {', '.join(map(repr, CHOICES[key]))}")
         if kind in (int, float) and not low <= value <= high:
             raise UserError(f"{flag} {value} is not a number from {low} to {high}")
-    if cfg.manifest and (cfg.demo or "ravdess_path" in cfg.given):
-        other = "--demo" if cfg.demo else "--ravdess-path"
+    if cfg.manifest and (cfg.demo or cfg.download or "ravdess_path" in cfg.given):
+        other = "--demo" if cfg.demo else "--download" if cfg.download else "--ravdess-path"
         raise UserError(f"--manifest {cfg.manifest} is a corpus of its own: leave it out, or {other}")
     if cfg.phase == "evaluate" and not cfg.manifest:
         raise UserError("--phase evaluate needs another corpus: name its table with --manifest")
@@ -229,6 +232,8 @@ def check_settings(cfg):
     folds = names_in(cfg.folds)
     if not folds or len(set(folds)) < len(folds) or not set(folds) <= set("01234"):
         raise UserError(f"--folds {cfg.folds!r} is not a list of different folds out of 0,1,2,3,4")
+    if cfg.demo and cfg.download:
+        raise UserError("--demo makes its own corpus: leave out --demo or --download")
     if cfg.phase == "study" and not cfg.use_simulated_sentences:
         raise UserError("--phase study needs simulated sentences: leave out --no-use-simulated-sentences")
     if cfg.split == "random" and len(folds) * cfg.runs > 1:
@@ -362,6 +367,71 @@ def digest(*parts):
 # %% 5. The corpus
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
 CLIP_NAME = re.compile(r"(\d\d)-(\d\d)-(\d\d)-(\d\d)-(\d\d)-(\d\d)-(\d\d)")  # modality-channel-emotion-...
+ARCHIVE = {  # the official one: all 1440 clips in folders Actor_01 to Actor_24; size in bytes
+    "url": "https://zenodo.org/records/1188976/files/Audio_Speech_Actors_01-24.zip",
+    "size": 208_468_073, "md5": "bc696df654c87fed845eb13823edef8a"}
+UNFINISHED = ".unfinished"  # ends the name of a folder that --download is still filling
+
+
+def download_corpus(cfg):
+    """Put the clips of ARCHIVE into --ravdess-path, all or none, unless clips are found. Raises UserError."""
+    with contextlib.suppress(UserError):
+        print(f"Nothing to download: RAVDESS clips are in {find_corpus(cfg)}")
+        return
+    folder, part = Path(cfg.ravdess_path), Path(f"{Path(cfg.ravdess_path)}{UNFINISHED}")
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            folder.rmdir()  # empty, it makes room; an OSError keeps whatever else is there
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        free, need = shutil.disk_usage(part).free / 1e9, 4e-9 * ARCHIVE["size"]  # zip and clips, 0.8 GB
+        if free < need:
+            raise OSError(f"{free:.1f} GB left of {need:.1f} needed")
+        unpack(fetch_archive(part), part / "clips")
+        (part / "clips").rename(folder)
+    except OSError as error:
+        raise UserError(f"{folder} cannot take the corpus ({error}): make room, or name a new folder "
+                        "elsewhere with --ravdess-path") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)  # with the zip
+
+
+def fetch_archive(folder):
+    """Download ARCHIVE into a folder and check its md5; returns the path of the zip. Raises UserError."""
+    import pooch
+    import requests
+    print(f"RAVDESS: {ARCHIVE['size'] / 1e6:.0f} MB from {ARCHIVE['url']}\nLicence CC BY-NC-SA 4.0, not for "
+          "commercial use; cite Livingstone & Russo (2018), PLoS ONE 13(5): e0196391", flush=True)
+    pooch.get_logger().setLevel("WARNING")
+    try:
+        with tqdm(desc="Download", total=ARCHIVE["size"], unit="B", unit_scale=True) as bar:
+            download = pooch.HTTPDownloader(  # Zenodo refuses the name that requests gives itself
+                progressbar=bar, chunk_size=2**16, headers={"User-Agent": "emotion_recognition.py"})
+            return Path(pooch.retrieve(ARCHIVE["url"], f"md5:{ARCHIVE['md5']}", "archive.zip",
+                                       folder.resolve(), downloader=download))
+    except requests.RequestException as error:
+        raise archive_error(f"cannot be fetched ({error})") from error
+    except ValueError as error:
+        raise archive_error(f"arrived damaged, its md5 is not {ARCHIVE['md5']}") from error
+
+
+def unpack(archive, folder):
+    """Unpack a zip into a folder and nowhere else. Raises UserError."""
+    try:
+        with zipfile.ZipFile(archive) as content:
+            for name in content.namelist():
+                if PureWindowsPath(name).anchor or ".." in PureWindowsPath(name).parts:  # knows \, / and C:
+                    raise archive_error(f"has a file that would lie outside its folder, {name!r}")
+            for name in tqdm(content.namelist(), "Unpacking", leave=False):
+                content.extract(name, folder)
+    except (zipfile.BadZipFile, zlib.error) as error:
+        raise archive_error(f"is not a zip that can be unpacked ({error})") from error
+
+
+def archive_error(reason):
+    """The UserError for an archive that does not come or cannot be used."""
+    return UserError(f"{ARCHIVE['url']} {reason}: try again later, or get the corpus another way and name "
+                     "its folder with --ravdess-path")
 
 
 def find_corpus(cfg):
@@ -374,19 +444,20 @@ def find_corpus(cfg):
             return place
     if usual:
         raise UserError(
-            f"no RAVDESS clips in {', '.join(map(str, places))}: download Audio_Speech_Actors_01-24.zip from "
-            f"https://zenodo.org/records/1188976 and unpack it into {cfg.ravdess_path}, or name its folder "
-            "with --ravdess-path, or try the synthetic corpus with --demo")
+            f"no RAVDESS clips in {', '.join(map(str, places))}: fetch them with --download, or unpack "
+            f"Audio_Speech_Actors_01-24.zip of https://zenodo.org/records/1188976 into {cfg.ravdess_path}, "
+            "or name their folder with --ravdess-path, or try the synthetic corpus with --demo")
     path = places[0]
     why = ("does not exist" if not path.exists() else "is a file, not a folder" if path.is_file() else
            "is empty" if not any(path.iterdir()) else "holds no clips named like 03-01-05-01-02-01-12.wav")
-    raise UserError(f"{path} {why}: name the folder of the RAVDESS speech clips with --ravdess-path")
+    raise UserError(f"{path} {why}: name a folder of RAVDESS clips with --ravdess-path, or add --download")
 
 
 def audio_files(folder):
     """(path, kind, codes) of all audio and video files under a folder; kind: speech, song, video or other."""
     for root, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if (Path(root).name, name) != ("archive", "demo"))
+        folders[:] = sorted(name for name in folders if not name.endswith(UNFINISHED)
+                            and (Path(root).name, name) != ("archive", "demo"))
         for path in (Path(root, file) for file in sorted(files)):
             name, suffix = CLIP_NAME.fullmatch(path.stem), path.suffix.lower()
             if suffix in AUDIO_SUFFIXES or suffix == ".mp4":
@@ -2848,7 +2919,7 @@ def described(cfg):
             "settings": settings_of(cfg), "versions": versions()}
 
 
-FREE = "phase", "output_dir", "device", "input", "text", "json"  # what has no part in what is trained
+FREE = "phase", "output_dir", "device", "download", "input", "text", "json"  # what has no part in what is trained
 
 
 def refuse_other_settings(cfg, saved, path, free=FREE):
@@ -3018,6 +3089,8 @@ def train_phases(cfg):
         write_demo_corpus(cfg.ravdess_path)
         if "bert_model" not in cfg.given and "bert" in names:
             write_demo_encoder(cfg.bert_model)
+    if cfg.download:
+        download_corpus(cfg)
     corpus, levels = cfg.manifest or find_corpus(cfg), study_settings(cfg)
     if cfg.phase != "data":
         check_needs([run for level in levels for run in runs_of(level)], names, cfg)

@@ -11,6 +11,8 @@ The demo on six actors, one epoch per model, runs once (fixture `finished`); tes
 import ast
 import contextlib
 import functools
+import hashlib
+import http.server
 import io
 import itertools
 import json
@@ -23,7 +25,9 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
 import time
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -197,6 +201,194 @@ def test_audit_counts_what_is_there_and_what_is_missing(all_names):
     assert "Missing from the 24 x 60 clips of RAVDESS: 60, the first 03-01-01-01-01-01-01." in less
     split = er.describe_split(er.split_clips(clips, config()), config())
     assert "test 300 clips of actors 2 5 14 15 16" in split
+
+
+# %% The download
+FOLDER = Path(er.RAVDESS_PATH)
+CLIP = "Actor_01/03-01-01-01-01-01-01.wav"
+
+
+def zipped(files):
+    """The bytes of a zip of the files, given as name -> content."""
+    memory = io.BytesIO()
+    with zipfile.ZipFile(memory, "w", zipfile.ZIP_DEFLATED) as content:
+        for name, data in files.items():
+            content.writestr(name, data)
+    return memory.getvalue()
+
+
+@pytest.fixture(scope="session")
+def few_clips(tmp_path_factory):
+    """Name -> content of the clips of three actors."""
+    folder = tmp_path_factory.mktemp("few")
+    er.write_demo_corpus(folder, actors=(1, 2, 3), statements=(1,))
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.glob("*/*.wav"))}
+
+
+@pytest.fixture
+def zenodo(few_clips, monkeypatch):
+    """A server on this machine in place of Zenodo, with a small archive; what it does can be changed."""
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            it.asked += 1
+            self.send_response(403 if "python-requests" in self.headers["User-Agent"] else it.status)
+            self.send_header("Content-Length", len(it.content) + it.missing)
+            self.end_headers()
+            self.wfile.write(it.content)
+
+        def log_message(self, *_):
+            pass
+
+    def offer(content):
+        """Make these bytes the official archive."""
+        it.content, url = content, f"http://127.0.0.1:{server.server_port}/official.zip"
+        archive = {"url": url, "size": len(content), "md5": hashlib.md5(content).hexdigest()}
+        monkeypatch.setattr(er, "ARCHIVE", archive)
+
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        it = SimpleNamespace(status=200, missing=0, asked=0, offer=offer, stop=server.server_close)
+        offer(zipped(few_clips))
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield it
+        server.shutdown()
+        thread.join()
+
+
+def download(*argv):
+    er.download_corpus(er.parse_settings(["--download", *argv]))
+
+
+def clips_in(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*.wav")}
+
+
+def everything():
+    """All files, with their contents, and all folders but those above the corpus."""
+    return contents("."), {path for path in Path().rglob("*") if path.is_dir()} - {FOLDER.parent}
+
+
+def test_download_is_all_that_a_run_needs_and_happens_once(zenodo, few_clips, capsys):
+    for again in (False, True):
+        er.main(["--download", "--phase", "data", "--device", "cpu"])
+        assert ("Nothing to download" in capsys.readouterr().out) == again
+    assert zenodo.asked == 1 and list(Path("archive").iterdir()) == [FOLDER]
+    assert er.find_corpus(config()) == FOLDER and contents(FOLDER).keys() == {
+        str(FOLDER / name) for name in few_clips} and clips_in(FOLDER) == few_clips
+    assert "24 speech clips of 3 actors" in read_json("outputs/audit.json")["audit"][0]
+
+
+def test_download_fills_an_empty_folder_of_the_user(zenodo, few_clips):
+    Path("my/own").mkdir(parents=True)
+    download("--ravdess-path", "my/own/")
+    assert clips_in(Path("my/own")) == few_clips and list(Path("my").iterdir()) == [Path("my/own")]
+
+
+def test_download_finds_the_corpus_in_the_usual_places(zenodo):
+    touch("archive/elsewhere", CLIP)
+    before = everything()
+    download()
+    assert zenodo.asked == 0 and everything() == before
+
+
+def test_download_names_licence_and_citation_first(zenodo, capsys):
+    zenodo.status = 404
+    with pytest.raises(er.UserError):
+        download()
+    text = capsys.readouterr().out
+    assert "CC BY-NC-SA 4.0" in text and "Livingstone & Russo (2018), PLoS ONE 13(5): e0196391" in text
+
+
+def test_what_an_interrupted_download_left_is_no_corpus_and_does_not_disturb(zenodo, few_clips):
+    part = FOLDER.with_name(FOLDER.name + er.UNFINISHED)
+    touch(part, f"clips/{CLIP}", "clips/Actor_09/03-01-01-01-01-01-09.wav", "archive.zip", "tmp123")
+    for argv in ([], ["--ravdess-path", "archive"]):
+        with pytest.raises(er.UserError):
+            er.find_corpus(er.parse_settings(argv))
+    download()
+    assert clips_in(Path("archive")) == {f"{FOLDER.name}/{name}": data for name, data in few_clips.items()}
+    assert not part.exists()
+
+
+def test_a_download_that_is_stopped_while_it_unpacks_leaves_nothing_and_can_be_repeated(
+        zenodo, few_clips, monkeypatch):
+    def stop(self, name, folder, extract=zipfile.ZipFile.extract):
+        extract(self, name, folder)
+        assert clips_in(Path("archive"))
+        raise KeyboardInterrupt
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(zipfile.ZipFile, "extract", stop)
+        download()
+    assert everything() == ({}, set())
+    download()
+    assert clips_in(FOLDER) == few_clips
+
+
+@contextlib.contextmanager
+def disk_of(size):
+    """No file can become larger than `size`; the system says so as it does of a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def spoilt(content):
+    """The same zip with the bytes in the middle of its largest part turned over."""
+    middle = len(content) // 2
+    turned = bytes(255 - byte for byte in content[middle:middle + 100])
+    return content[:middle] + turned + content[middle + 100:]
+
+
+BY_HAND, ELSEWHERE = "official.zip|try again|--ravdess-path", f"{FOLDER} cannot|make room|--ravdess-path"
+FAILED_DOWNLOADS = {  # what is wrong: (what the sentence must name, how it is made so)
+    "wrong md5": (f"{BY_HAND}|md5", lambda zenodo, _: vars(zenodo).update(content=spoilt(zenodo.content))),
+    "cut connection": (f"{BY_HAND}|1000 more", lambda zenodo, _: vars(zenodo).update(missing=1000)),
+    "not found": (f"{BY_HAND}|404", lambda zenodo, _: vars(zenodo).update(status=404)),
+    "no server": (f"{BY_HAND}|refused", lambda zenodo, _: zenodo.stop()),
+    "no zip": (f"{BY_HAND}|not a zip", lambda zenodo, _: zenodo.offer(b"<html>Welcome</html>")),
+    "half a zip": (f"{BY_HAND}|not a zip", lambda zenodo, _: zenodo.offer(zenodo.content[:50000])),
+    "spoilt zip": (f"{BY_HAND}|not a zip", lambda zenodo, _: zenodo.offer(spoilt(zenodo.content))),
+    **{f"zip with {name}": (f"{BY_HAND}|{name!r}|outside", lambda zenodo, _, name=name: zenodo.offer(
+        zipped({CLIP: b"a", name: b"b"}))) for name in (
+            "../evil.wav", "../../../evil.wav", "Actor_01/../../evil.wav", "/tmp/evil.wav", r"..\evil.wav",
+            r"C:\evil.wav", "C:evil.wav", r"\\server\share\evil.wav")},
+    "too little space": (f"{ELSEWHERE}|0.0 GB left", lambda zenodo, patch: patch.setattr(
+        shutil, "disk_usage", lambda _: SimpleNamespace(free=4 * len(zenodo.content) - 1))),
+    "folder in use": (f"{ELSEWHERE}|not empty", lambda *_: touch(FOLDER, "notes.txt")),
+    "file in the way": (f"{ELSEWHERE}|ot a directory", lambda *_: touch(FOLDER.parent, FOLDER.name)),
+    "no folder can be made": (ELSEWHERE, lambda *_: touch(".", FOLDER.parent)),
+    "full disk": (f"{ELSEWHERE}|too large", lambda *_: disk_of(100000)),
+    "disk full while unpacking": (f"{ELSEWHERE}|too large", lambda zenodo, _: (
+        zenodo.offer(zipped({CLIP: bytes(10**6)})), disk_of(100000))[1]),
+}
+
+
+@pytest.mark.parametrize("case", FAILED_DOWNLOADS)
+def test_a_download_that_fails_ends_with_one_sentence_and_leaves_nothing(case, zenodo, monkeypatch):
+    named, make_so = FAILED_DOWNLOADS[case]
+    circumstances = make_so(zenodo, monkeypatch)
+    before = everything()
+    with circumstances or contextlib.nullcontext(), pytest.raises(er.UserError) as stop:
+        download()
+    message = str(stop.value)
+    assert "\n" not in message and all(words in message for words in named.split("|")), message
+    assert everything() == before
+    assert zenodo.asked == 0 or ELSEWHERE not in named or "too large" in named  # first what needs no network
+
+
+@pytest.mark.parametrize("argv", ["", "--ravdess-path nowhere"])
+def test_whoever_has_no_corpus_is_told_of_download(argv):
+    with pytest.raises(er.UserError, match="--download"):
+        er.find_corpus(er.parse_settings(argv.split()))
+
+
+def test_demo_and_download_contradict():
+    with pytest.raises(er.UserError, match=r"--demo.*--download"):
+        er.parse_settings(["--demo", "--download"])
 
 
 # %% Splits
