@@ -2919,7 +2919,7 @@ def described(cfg):
             "settings": settings_of(cfg), "versions": versions()}
 
 
-FREE = "phase", "output_dir", "device", "download", "input", "text", "json"  # what has no part in what is trained
+FREE = "phase", "output_dir", "device", "download", "input", "text", "json"  # that shape no training
 
 
 def refuse_other_settings(cfg, saved, path, free=FREE):
