@@ -1102,8 +1102,8 @@ def test_a_state_that_does_not_fit_is_passed_over_and_training_starts_anew(case,
 
 
 def test_a_run_that_is_killed_ten_times_ends_like_one_that_is_not(finished, tmp_path, monkeypatch):
-    command = [*"--device cpu --run-models cnn,rnn,fusion_rnn --epochs-cnn 6 --epochs-rnn 6".split(),
-               "--epochs-fusion", "4", "--ravdess-path", str(finished / CORPUS)]
+    command = [*"--device cpu --phase fusion --run-models cnn,rnn,fusion_rnn --epochs-cnn 4".split(),
+               *"--epochs-rnn 6 --epochs-fusion 4 --ravdess-path".split(), str(finished / CORPUS)]
 
     def run(seconds=None):
         """The exit code of the command in a new process, which is killed after so many seconds."""
@@ -1121,7 +1121,7 @@ def test_a_run_that_is_killed_ten_times_ends_like_one_that_is_not(finished, tmp_
     assert run() == 0
     length, draw = time.perf_counter() - start, np.random.default_rng(0)
     monkeypatch.chdir(tmp_path / "killed")
-    codes = [run(length * draw.uniform(0.05, 0.45)) for _ in range(10)]
+    codes = [run(length * draw.uniform(0.05, 0.4)) for _ in range(10)]
     assert codes.count(-signal.SIGKILL) >= 5 and run() == 0
     for name in ("cnn", "rnn", "fusion_rnn"):
         assert_same_training(name, tmp_path / "whole/outputs", tmp_path / "killed/outputs")
