@@ -17,12 +17,14 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import re
 import resource
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -33,6 +35,7 @@ from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
 
+import filelock
 import jupytext
 import nbclient
 import nbformat
@@ -1538,6 +1541,208 @@ def test_a_foreign_corpus_without_words_is_only_heard_with_the_features_of_the_c
     assert {row["status"] for row in figures["rows"].values()} == {
         "not run: own/corpus.csv has no column transcript"}
     assert "intervals draw single clips" in str(figures["audit"])
+
+
+# %% Resuming
+PROCESSES = multiprocessing.get_context("forkserver")  # they import the script once, not each
+PROCESSES.set_forkserver_preload(["emotion_recognition"])
+
+
+def unfinished(demo, folder, epochs=3):
+    """The settings of the demo with more epochs, and a folder that holds the checkpoints of the demo."""
+    shutil.copytree(demo[0].output_dir, folder, ignore=shutil.ignore_patterns("*.png", "cache"))
+    return SimpleNamespace(**vars(demo[0]) | {
+        "output_dir": folder, **{f"epochs_{name}": epochs for name in ("cnn", "rnn", "bert", "fusion")}})
+
+
+def interrupt(patch, owner, name, call, after=False):
+    """Let the call of this number, counted from 1, end in a KeyboardInterrupt, at its start or at its end."""
+    real, calls = getattr(owner, name), itertools.count(1)
+
+    def interrupted(*args):
+        number = next(calls)
+        if number == call and not after:
+            raise KeyboardInterrupt
+        result = real(*args)
+        if number == call:
+            raise KeyboardInterrupt
+        return result
+    patch.setattr(owner, name, interrupted)
+
+
+def assert_same_training(name, first, second):
+    """Two folders hold the same weights, scores, predictions and history of a model."""
+    one, two = (torch.load(Path(folder, f"{STEMS[name]}_best.pth"), weights_only=True)
+                for folder in (first, second))
+    assert list(one["weights"]) == list(two["weights"]) and one["scores"] == two["scores"]
+    assert [key for key, value in one["weights"].items() if not torch.equal(value, two["weights"][key])] == []
+    predictions, others = (Path(folder, f"predictions/{STEMS[name]}.csv") for folder in (first, second))
+    assert predictions.read_bytes() == others.read_bytes()
+    one, two = (pd.read_csv(Path(folder, f"histories/{STEMS[name]}.csv")) for folder in (first, second))
+    pd.testing.assert_frame_equal(one.drop(columns="seconds"), two.drop(columns="seconds"))
+
+
+@pytest.mark.parametrize("name", ["cnn", "rnn", "bert", "fusion_rnn"])
+def test_an_interrupted_training_goes_on_to_the_same_weights(name, demo, monkeypatch, capsys):
+    whole, parts = unfinished(demo, "whole"), unfinished(demo, "parts")
+    er.train_model(name, demo[1], whole, "cpu")
+    before, state = contents("parts"), er.state_file(parts, name)
+    for call, done in ((3, 2), (1, 2)):  # in the third epoch, and there again at once
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            interrupt(patch, er, "predict", call)
+            er.train_model(name, demo[1], parts, "cpu")
+        assert len(torch.load(state, weights_only=True)["history"]) == done
+        after = contents("parts")
+        assert after.keys() - before.keys() == {str(state)} and before.items() <= after.items()
+    torch.rand(3)  # whatever was drawn before must not matter
+    er.train_model(name, demo[1], parts, "cpu")
+    assert capsys.readouterr().out.count("goes on after epoch 2 of 3") == 2
+    assert_same_training(name, "whole", "parts")
+    assert not state.exists() and len(pd.read_csv(f"parts/histories/{STEMS[name]}.csv")) == 3
+
+
+def test_the_frozen_parts_of_a_fusion_are_not_in_its_state(demo, monkeypatch):
+    cfg = unfinished(demo, "parts")
+    with pytest.raises(KeyboardInterrupt):
+        interrupt(monkeypatch, er, "predict", 2)
+        er.train_model("fusion_rnn", demo[1], cfg, "cpu")
+    state = er.state_file(cfg, "fusion_rnn")
+    assert state.stat().st_size < er.file_of(cfg, "checkpoint", "fusion_rnn").stat().st_size / 2
+
+
+def test_a_training_may_stop_between_any_two_writes(demo, monkeypatch):
+    cfg = unfinished(demo, "whole", 2)
+    old = er.file_of(cfg, "checkpoint", "rnn").read_bytes()
+    er.train_model("rnn", demo[1], cfg, "cpu")
+    for write in range(1, 7):  # two states, the old checkpoint aside, history, predictions, checkpoint
+        cfg = unfinished(demo, f"write_{write}", 2)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            interrupt(patch, Path, "replace", write, after=True)
+            er.train_model("rnn", demo[1], cfg, "cpu")
+        assert bool(er.out_of_date(cfg, "rnn", demo[1])) == (write < 6) and er.state_file(cfg, "rnn").exists()
+        for name in er.plan_training(demo[1], ["rnn"], cfg, "cpu"):
+            er.train_model(name, demo[1], cfg, "cpu")
+        assert_same_training("rnn", "whole", cfg.output_dir)
+        assert Path(cfg.output_dir, "TextRNN_best.previous.pth").read_bytes() == old
+        assert not er.state_file(cfg, "rnn").exists()
+
+
+def without(path, *keys):
+    """Take the last entry out of what a file of torch holds under these keys."""
+    content = torch.load(path, weights_only=True)
+    functools.reduce(lambda inner, key: inner[key], keys, content).popitem()
+    torch.save(content, path)
+
+
+USELESS = {  # what is wrong with a state: (how it is made so, what is printed)
+    "other settings": (lambda _: None, "learning_rate 0.002 -> 0.001"),
+    "other data": (lambda _: None, "data changed"),
+    "other device": (lambda path: without(path, "fingerprint"), "device None -> cpu "),
+    "cut": (lambda path: cut(path, path.stat().st_size - 1000), "RuntimeError"),
+    "empty": (lambda path: cut(path, 0), "EOFError"),
+    "foreign": (lambda path: torch.save([1], path), "TypeError"),
+    "hostile": (lambda path: torch.save(Hostile(), path), "UnpicklingError"),
+    "hostile pickle": (lambda path: path.write_bytes(pickle.dumps(Hostile())), "UnpicklingError"),
+    "a weight less": (lambda path: without(path, "trainer", "average"), "KeyError"),
+    "no schedule": (lambda path: without(path, "trainer", "optimizer"), "KeyError"),
+}
+
+
+@pytest.mark.parametrize("case", USELESS)
+def test_a_state_that_does_not_fit_is_passed_over_and_training_starts_anew(case, demo, monkeypatch, capsys):
+    spoil, reason = USELESS[case]
+    whole, parts = unfinished(demo, "whole", 2), unfinished(demo, "parts", 2)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt(patch, er, "predict", 2)
+        er.train_model("rnn", demo[1], parts, "cpu")
+    spoil(er.state_file(parts, "rnn"))
+    clips = demo[1].assign(digest="other") if case == "other data" else demo[1]
+    for cfg in (whole, parts):
+        cfg.learning_rate = 1e-3 if case == "other settings" else cfg.learning_rate
+        er.train_model("rnn", clips, cfg, "cpu")
+    output = capsys.readouterr().out
+    (line,) = [line for line in output.splitlines() if "passed over" in line]
+    assert "TextRNN_training.pth" in line and reason in line and "goes on after" not in output
+    assert_same_training("rnn", "whole", "parts")
+    assert not er.state_file(parts, "rnn").exists() and not Path("executed").exists()
+
+
+def test_a_run_that_is_killed_ten_times_ends_like_one_that_is_not(finished, tmp_path, monkeypatch):
+    command = [*"--device cpu --phase fusion --run-models cnn,rnn,fusion_rnn --epochs-cnn 4".split(),
+               *"--epochs-rnn 6 --epochs-fusion 4 --ravdess-path".split(), str(finished / CORPUS)]
+
+    def run(seconds=None):
+        """The exit code of the command in a new process, which is killed after so many seconds."""
+        process = PROCESSES.Process(target=er.main, args=(command,))
+        process.start()
+        process.join(seconds)
+        process.kill()
+        process.join()
+        return process.exitcode
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    for folder in ("whole", "killed"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.chdir(tmp_path / "whole")
+    start = time.perf_counter()
+    assert run() == 0
+    length, draw = time.perf_counter() - start, np.random.default_rng(0)
+    monkeypatch.chdir(tmp_path / "killed")
+    codes = [run(length * draw.uniform(0.05, 0.4)) for _ in range(10)]
+    assert codes.count(-signal.SIGKILL) >= 5 and run() == 0
+    for name in ("cnn", "rnn", "fusion_rnn"):
+        assert_same_training(name, tmp_path / "whole/outputs", tmp_path / "killed/outputs")
+    figures = [read_json(tmp_path / folder / "outputs/metrics.json") for folder in ("whole", "killed")]
+    assert figures[0] == figures[1] and not list(Path("outputs").rglob("*_training.pth"))
+
+
+# %% Two runs on one folder
+QUICK = ["--demo", "--device", "cpu", "--phase", "data", "--run-models", "rnn"]
+
+
+@pytest.mark.parametrize("command", [QUICK, [*QUICK, "--output-dir", str(OUTPUT.parent)],
+                                     [*QUICK, "--phase", "report"]])
+def test_a_second_run_on_a_folder_stops_at_once_and_changes_nothing(command, copied):
+    before = contents("outputs")
+    with filelock.FileLock(OUTPUT / "cache/run.lock"), pytest.raises(
+            er.UserError, match=rf"another run is at work in {OUTPUT}.*--output-dir"):
+        er.main(command)
+    assert contents("outputs") == before
+
+
+def test_a_run_of_several_folds_keeps_others_out_of_their_folders(finished):
+    with filelock.FileLock("outputs/fold_1_seed_42/cache/run.lock"):
+        for folds in (["--folds", "0,1"], ["--folds", "1", "--output-dir", "outputs/fold_1_seed_42"]):
+            with pytest.raises(er.UserError, match="another run is at work in outputs/fold_1_seed_42"):
+                er.main(["--ravdess-path", str(finished / CORPUS), "--phase", "data", *folds])
+
+
+def test_a_folder_is_free_again_after_an_error_an_interrupt_and_a_kill(copied, monkeypatch):
+    with pytest.raises(er.UserError, match="none does not exist"):
+        er.main(["--ravdess-path", "none", "--output-dir", str(OUTPUT)])
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt(patch, er, "describe_data", 1)
+        er.main(QUICK)
+    holder = PROCESSES.Process(target=er.main, args=(["--ravdess-path", str(CORPUS), "--run-models", "rnn",
+                                                      "--device", "cpu", "--output-dir", str(OUTPUT)],))
+    (OUTPUT / "audit.json").unlink()
+    holder.start()
+    while not (OUTPUT / "audit.json").exists() and holder.is_alive():
+        time.sleep(0.01)
+    with pytest.raises(er.UserError, match="another run"):
+        er.main(QUICK)
+    holder.kill()
+    holder.join()
+    assert holder.exitcode == -signal.SIGKILL
+    er.main(QUICK)
+
+
+def test_help_needs_no_lock_and_a_report_of_nothing_leaves_nothing(capsys):
+    with filelock.FileLock("outputs/cache/run.lock"), pytest.raises(SystemExit) as stop:
+        er.main(["--help"])
+    assert stop.value.code == 0 and "--epochs-cnn" in capsys.readouterr().out
+    with pytest.raises(er.UserError, match=r"none.metrics\.json is missing"):
+        er.main(["--phase", "report", "--output-dir", "none"])
+    assert not Path("none").exists()
 
 
 # %% Whisper
