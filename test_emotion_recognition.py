@@ -1687,7 +1687,7 @@ def test_a_run_that_is_killed_ten_times_ends_like_one_that_is_not(finished, tmp_
     assert run() == 0
     length, draw = time.perf_counter() - start, np.random.default_rng(0)
     monkeypatch.chdir(tmp_path / "killed")
-    codes = [run(length * draw.uniform(0.05, 0.4)) for _ in range(10)]
+    codes = [run(length * draw.uniform(0.05, 0.3)) for _ in range(10)]
     assert codes.count(-signal.SIGKILL) >= 5 and run() == 0
     for name in ("cnn", "rnn", "fusion_rnn"):
         assert_same_training(name, tmp_path / "whole/outputs", tmp_path / "killed/outputs")
