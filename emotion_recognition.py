@@ -591,7 +591,9 @@ def inspect_file(path):
 def describe_audit(clips, audit):
     """What was found, used and left out, as a list of sentences."""
     per_emotion, per_actor = clips["emotion"].value_counts(sort=False), Counter(clips["actor"])
-    same = clips[clips.duplicated("digest", keep=False)].groupby("digest")["clip"]
+    twins = clips[clips.duplicated("digest", keep=False)].groupby("digest")["clip"].apply(list)
+    same = [" = ".join(names[:4]) + f" and {len(names) - 4} more" * (len(names) > 4) for names in twins[:10]]
+    more = [f"And {len(twins) - 10} more groups of clips with the same bytes."] * (len(twins) > 10)
     if "lines" in audit:
         found = f"{audit['lines']} lines in {audit['folder']}: {len(clips)} clips"
         unused, missing = f"{len(audit['left_out'])} unusable clips are left out", []
@@ -607,7 +609,7 @@ def describe_audit(clips, audit):
         "Clips per emotion: " + ", ".join(f"{emotion} {n}" for emotion, n in per_emotion.items()) + ".",
         unnamed if "" in per_actor else f"Clips per actor: {actors}.",
         *missing,
-        *(f"Same bytes under two names, both kept: {' = '.join(names)}." for _, names in same),
+        *(f"Same bytes under two names, both kept: {names}." for names in same), *more,
         *(f"Left out: {path}: {reason}." for path, reason in audit["left_out"].items())]
 
 

@@ -188,6 +188,17 @@ def test_two_names_with_the_same_bytes_are_both_kept_and_reported(all_names):
     assert SAME_BYTES in er.describe_audit(*all_names)
 
 
+def test_a_corpus_full_of_copies_has_a_short_audit():
+    for i in range(70):
+        Path(f"{i:02}.wav").write_bytes(b"%d" % (i % 12))
+    lines = "\n".join(f"{i:02}.wav,{'happy' if i % 2 else 'sad'}" for i in range(70))
+    Path("m.csv").write_text(f"path,emotion\n{lines}")
+    sentences = er.describe_audit(*er.index_manifest("m.csv"))
+    assert "Same bytes under two names, both kept: 00.wav = 12.wav = 24.wav = 36.wav and 2 more." in sentences
+    assert sum("Same bytes" in sentence for sentence in sentences) == 10
+    assert "And 2 more groups of clips with the same bytes." in sentences
+
+
 def test_song_and_video_are_counted_and_left_out():
     touch("corpus", "03-01-05-01-02-01-12.flac", "03-02-05-01-02-01-12.wav", "03-02-04-01-02-01-12.wav",
           "01-01-05-01-02-01-12.mp4", "02-01-05-01-02-01-12.mp4", "01-02-05-01-02-01-12.mp4", "x.wav", "x.md")
