@@ -345,6 +345,15 @@ def refuse(path, number, problems, advice):
         raise UserError(f"{path} line {number}: {problem}: {advice}")
 
 
+def load_package(name, advice):
+    """A package that is slow to import or may be missing; a UserError ends with advice where it is."""
+    try:
+        return importlib.import_module(name)
+    except Exception as error:  # also when it was made for another torch
+        raise UserError(f"{name} does not load beside torch {torch.__version__} ({type(error).__name__}: "
+                        f"{error}): {advice}") from error
+
+
 def in_parallel(function, items, title):
     """[function(item), ...] by a pool of threads, with a progress bar; safe in notebooks and on Windows."""
     items, threads = list(items), torch.get_num_threads()
@@ -855,11 +864,9 @@ def deal_emotions(clips, cfg):
 def load_whisper(cfg, device):
     """(module, model) of --whisper-model, a name (downloaded once) or a checkpoint file. Raises UserError."""
     way_out = "or leave out --no-use-simulated-sentences"
+    whisper = load_package("whisper", f"pip install openai-whisper, {way_out}")
     try:
-        import whisper
         return whisper, whisper.load_model(cfg.whisper_model, device="cuda" if device == "cuda" else "cpu")
-    except ImportError as error:
-        raise UserError(f"Whisper is not there ({error}): pip install openai-whisper, {way_out}") from error
     except Exception as error:  # no such name, no network, or a file that is something else
         raise UserError(f"--whisper-model {cfg.whisper_model} cannot be loaded ({type(error).__name__}): "
                         f"name a Whisper checkpoint, {way_out}") from error
@@ -988,12 +995,7 @@ def loud_part(samples, rate, trim_db):
 
 def load_torchaudio():
     """torchaudio.functional, or a UserError with the line that repairs an installation that does not load."""
-    try:
-        import torchaudio.functional
-        return torchaudio.functional
-    except (ImportError, OSError, RuntimeError, AttributeError) as error:
-        raise UserError(f"torchaudio does not load beside torch {torch.__version__} ({type(error).__name__})"
-                        ': pip install "torch==2.11.*" "torchaudio==2.11.*"') from error
+    return load_package("torchaudio.functional", 'pip install "torch==2.11.*" "torchaudio==2.11.*"')
 
 
 @functools.lru_cache(maxsize=8)
@@ -1062,12 +1064,8 @@ def build_vocabulary(texts):
 
 def load_transformers():
     """The package, or a UserError that says how to go on without it."""
-    try:
-        import transformers
-        return transformers
-    except Exception as error:  # also when it was made for another torch
-        raise UserError(f"transformers cannot be imported ({type(error).__name__}): pip install transformers "
-                        "or go without: --run-models cnn,rnn,fusion_rnn") from error
+    return load_package("transformers", "pip install transformers or go without: "
+                        "--run-models cnn,rnn,fusion_rnn")
 
 
 @functools.lru_cache(maxsize=2)
@@ -1459,11 +1457,14 @@ ROWS |= {f"{name}_{modality}": ModelRow(None, f"{row.stem}_{modality}_only", f"{
                                         "", (name,))
          for name, row in ROWS.items() if row.kind is EarlyFusion for modality in ("audio", "text")}
 MODELS = {name: row for name, row in ROWS.items() if row.kind}  # what is trained, parts first
-FILES = {"checkpoint": "{}_best.pth", "history": "histories/{}.csv", "predictions": "predictions/{}.csv"}
+FILES = {"history": "histories/{}.csv", "predictions": "predictions/{}.csv", "checkpoint": "{}_best.pth",
+         "state": "{}_training.pth",  # of a training that is not finished
+         "weights": "{}.json", "out_of_fold": "predictions/{}_out_of_fold.csv"}
+RESULTS = "history", "predictions", "checkpoint"  # what a training leaves, in this order
 
 
 def file_of(cfg, kind, name):
-    """The path of a row's checkpoint, history or predictions."""
+    """The path of one of a row's FILES."""
     return Path(cfg.output_dir, FILES[kind].format(ROWS[name].stem))
 
 
@@ -1760,18 +1761,15 @@ def differences(old, new):
 
 def out_of_date(cfg, name, clips=None):
     """Why a model must be trained, in words; "" when its files can be reused as they are."""
-    paths = [file_of(cfg, kind, name) for kind in FILES]
-    if not all(path.exists() for path in paths):
-        return "not trained yet" if not paths[0].exists() else "its history or predictions are missing"
+    *others, checkpoint = (file_of(cfg, kind, name) for kind in RESULTS)
+    if not checkpoint.exists():
+        return "not trained yet"
+    if not all(path.exists() for path in others):
+        return "its history or predictions are missing"
     try:
-        return differences(read_checkpoint(paths[0])["fingerprint"], fingerprint(cfg, name, clips))
+        return differences(read_checkpoint(checkpoint)["fingerprint"], fingerprint(cfg, name, clips))
     except UserError as error:
         return str(error)
-
-
-def state_file(cfg, name):
-    """The path of the state of an unfinished training."""
-    return Path(cfg.output_dir, f"{ROWS[name].stem}_training.pth")
 
 
 def train_model(name, clips, cfg, device):
@@ -1786,7 +1784,7 @@ def train_model(name, clips, cfg, device):
     fixed = {split: ClipDataset(part, model, cfg, device) for split, part in parts.items()}
     size = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"\n{ROWS[name].title}: {size:,} trained parameters, {len(train)} clips", flush=True)
-    mark, state = fingerprint(cfg, name, clips), state_file(cfg, name)
+    mark, state = fingerprint(cfg, name, clips), file_of(cfg, "state", name)
     model, history = fit(model, train, fixed["validation"], settings, device, state,
                          mark | {"device": f"{device} {training_precision(device)}"})
     logits = {split: predict(model, dataset) for split, dataset in fixed.items()}
@@ -1874,26 +1872,25 @@ def fit_fusion_weights(logs, labels):
 
 def combine_late(name, cfg):
     """Late fusion as a predictions table: the mean of two rows' probabilities, or with learned weights."""
-    tables = [read_predictions(cfg, part) for part in ROWS[name].parts]
-    probabilities, table = np.stack(list(map(probabilities_of, tables))), tables[-1]  # (P, N, C)
-    weights = None
+    parts = ROWS[name].parts
+    tables = [read_predictions(cfg, part) for part in parts]
+    probabilities, table = [probabilities_of(table) for table in tables], tables[-1]
     if name.startswith("learned"):
         held_out = (table["split"] == "validation").to_numpy()
-        logs = np.log(probabilities[:, held_out].clip(1e-7))
+        logs = np.log(np.stack(probabilities)[:, held_out].clip(1e-7))
         weights = fit_fusion_weights(logs, labels_of(table)[held_out]).tolist()
-        save(weights_path(name, cfg), dict(zip(ROWS[name].parts, weights)))
-    return with_probabilities(table, fuse_late(probabilities, weights))
+        save(file_of(cfg, "weights", name), dict(zip(parts, weights)))
+    return with_probabilities(table, fuse_late(name, dict(zip(parts, probabilities)), cfg))
 
 
-def fuse_late(probabilities, weights=None):
-    """Probabilities (P, N, C) joined by weights (P,) of their logarithms, else their mean: (N, C)."""
-    return (probabilities.mean(axis=0) if weights is None else
-            softmax(np.tensordot(weights, np.log(probabilities.clip(1e-7)), 1), axis=1))
-
-
-def weights_path(name, cfg):
-    """Where the weights of learned late fusion lie."""
-    return Path(cfg.output_dir, f"{ROWS[name].stem}.json")
+def fuse_late(name, found, cfg):
+    """The mean of the probabilities (N, C) `found` of a row's parts, or softmax of weighted logarithms."""
+    parts = ROWS[name].parts
+    probabilities = np.stack([found[part] for part in parts])  # (P, N, C)
+    if not name.startswith("learned"):
+        return probabilities.mean(axis=0)
+    weights = read_back(file_of(cfg, "weights", name))
+    return softmax(np.tensordot([weights[part] for part in parts], np.log(probabilities.clip(1e-7)), 1), 1)
 
 
 def answer_anew(name, clips, cfg, device):
@@ -2026,7 +2023,7 @@ def evaluate(runs, tables, reasons, audit, cfg):
             draws[name, by_sentence] = weighted_uar(weights, test)
         rows[name] |= figures_of(table, draws[name, oracle], unseen)
         if len(runs) > 1:
-            save_table(folder / "predictions" / f"{ROWS[name].stem}_out_of_fold.csv", test, cfg)
+            save_table(file_of(cfg, "out_of_fold", name), test, cfg)
     pairs = []
     for first, second in itertools.combinations(tests, 2):
         oracle = reads_oracle(first, cfg) or reads_oracle(second, cfg)
@@ -2395,7 +2392,7 @@ def study_settings(cfg):
 def share_audio(source, target):
     """Copy the AudioCNN of one level's runs to those of another: noise in the words does not concern it."""
     for run, other in zip(runs_of(source), runs_of(target)):
-        for kind in reversed(FILES) if out_of_date(other, "cnn") and not out_of_date(run, "cnn") else ():
+        for kind in RESULTS if out_of_date(other, "cnn") and not out_of_date(run, "cnn") else ():
             save(file_of(other, kind, "cnn"), file_of(run, kind, "cnn").read_bytes())  # the checkpoint last
 
 
@@ -2610,17 +2607,14 @@ class Predictor:
                 model, temperature = self.load(name)
                 dataset = ClipDataset(windows, model, self.cfg, self.device)
                 found[name] = (predict(model, dataset) / temperature).softmax(dim=1).numpy()
-                continue
-            weights = read_back(weights_path(name, self.folder)) if name.startswith("learned") else None
-            found[name] = fuse_late(np.stack([found[part] for part in ROWS[name].parts]),
-                                    weights and [weights[part] for part in ROWS[name].parts])
+            else:
+                found[name] = fuse_late(name, found, self.folder)
         return found
 
     def rows(self):
         """The names of the rows that can answer when there is a text, AudioCNN first."""
-        late = [name for name, row in ROWS.items() if name.startswith(("late_", "learned_"))
-                and set(row.parts) <= set(self.trained)
-                and (name.startswith("late_") or weights_path(name, self.folder).exists())]
+        late = [name for name, row in ROWS.items() if set(row.parts) <= set(self.trained) and (
+                name.startswith("late") or file_of(self.folder, "weights", name).exists())]
         return [*self.trained, *late]
 
     def summarize(self, windows, text=None):
@@ -2897,7 +2891,7 @@ def plan_training(clips, names, cfg, device, following=0):
             old = read_checkpoint(file_of(cfg, "checkpoint", name))
         before = f"{old['epochs']} epochs, validation UAR {old['scores']['uar']:.1%}" if old else ""
         if name not in todo:
-            state_file(cfg, name).unlink(missing_ok=True)  # of a training that was killed in its last moment
+            file_of(cfg, "state", name).unlink(missing_ok=True)  # of a training killed in its last moment
             print(f"  {ROWS[name].title:24} reused ({before})")
             continue
         for part in MODELS[name].parts or [name]:
