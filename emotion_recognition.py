@@ -1057,11 +1057,6 @@ def words_in(text):
     return re.findall(r"[\w']+", text.lower()) or ["<unk>"]
 
 
-def build_vocabulary(texts):
-    """The words of the training transcripts, sorted; ids 0 and 1 are padding and unknown."""
-    return ["<pad>", "<unk>", *sorted({word for text in texts for word in words_in(text)} - {"<unk>"})]
-
-
 def load_transformers():
     """The package, or a UserError that says how to go on without it."""
     return load_package("transformers", "pip install transformers or go without: "
@@ -1461,6 +1456,7 @@ FILES = {"history": "histories/{}.csv", "predictions": "predictions/{}.csv", "ch
          "state": "{}_training.pth",  # of a training that is not finished
          "weights": "{}.json", "out_of_fold": "predictions/{}_out_of_fold.csv"}
 RESULTS = "history", "predictions", "checkpoint"  # what a training leaves, in this order
+FUSION_KINDS = {"concat": ["fusion"], "attention": ["attention"], "both": ["fusion", "attention"]}
 
 
 def file_of(cfg, kind, name):
@@ -1468,15 +1464,10 @@ def file_of(cfg, kind, name):
     return Path(cfg.output_dir, FILES[kind].format(ROWS[name].stem))
 
 
-def kinds_of_fusion(cfg):
-    """What the names of the early fusion rows that FUSION asks for begin with."""
-    return {"concat": ["fusion"], "attention": ["attention"], "both": ["fusion", "attention"]}[cfg.fusion]
-
-
 def models_asked(cfg):
     """The names of the models that RUN_MODELS and FUSION ask for, parts first."""
-    asked, kinds = names_in(cfg.run_models), kinds_of_fusion(cfg)
-    names = {name.replace("fusion", kind) for name in asked for kind in kinds}
+    names = {name.replace("fusion", kind) for name in names_in(cfg.run_models)
+             for kind in FUSION_KINDS[cfg.fusion]}
     return [name for name in MODELS if name in names]
 
 
@@ -1507,8 +1498,8 @@ def build_model(name, clips, cfg, device):
         spec |= {"config": config, "tokenizer": tokenizer, "max_tokens": cfg.max_tokens}
         weights = {"encoder": pretrained}
     elif name == "rnn":
-        vocabulary = build_vocabulary(clips.loc[clips["split"] == "train", "transcript"])
-        spec |= {"vocabulary": vocabulary, "max_tokens": cfg.max_tokens}
+        words = set(words_in(" ".join(clips.loc[clips["split"] == "train", "transcript"]))) - {"<unk>"}
+        spec |= {"vocabulary": ["<pad>", "<unk>", *sorted(words)], "max_tokens": cfg.max_tokens}
     elif row.parts:
         parts = {part: restore_model(file_of(cfg, "checkpoint", part)) for part in row.parts}
         spec |= {"parts": {part: trained.spec for part, trained in parts.items()},
@@ -1834,7 +1825,7 @@ def versions():
 # %% 15. Evaluation: rows made of others, figures, intervals
 def rows_of(cfg):
     """The names of the rows that these settings ask for."""
-    other = {"fusion", "attention"}.difference(kinds_of_fusion(cfg))
+    other = set(FUSION_KINDS["both"]).difference(FUSION_KINDS[cfg.fusion])
     return [name for name in ROWS if ("views" not in name or cfg.test_views > 1)
             and ("ensemble" not in name or cfg.runs > 1) and name.split("_")[0] not in other]
 
@@ -2063,8 +2054,14 @@ def result_tables(figures, several):
             lines.append({"model": row["title"]} | line)
     if not several:
         tables.popitem()
-    missing = [{"model": rows["both"]["title"]} | {kind: f"{row['uar']:.1%}" for kind, row in rows.items()}
-               for rows in map(functools.partial(with_one_missing, figures=figures), figures["rows"]) if rows]
+    rows, missing = figures["rows"] | figures["alone"], []
+    for name in figures["rows"]:
+        parts = ROWS[name].parts
+        if len(parts) == 2 and rows[name]["status"] == "run":
+            names = [name, *([f"{name}_audio", f"{name}_text"] if ROWS[name].kind else parts)]  # late: parts
+            missing.append({"model": rows[name]["title"]} | {
+                kind: f"{rows[key]['uar']:.1%}"
+                for kind, key in zip(("both", "audio only", "text only"), names)})
     tables |= {"Test UAR with one modality missing": missing} if missing else {}
     return {name: pd.DataFrame(lines).fillna("-") for name, lines in tables.items()}
 
@@ -2077,18 +2074,6 @@ def test_cells(row):
             "ECE": f"{test['ece']:.3f}", "ECE if perfect": f"{row['ece_if_perfect']:.3f}"}
 
 
-def with_one_missing(name, figures):
-    """The rows of a fused model's answers: both, audio only, text only; late fusion falls back on its parts.
-
-    Empty for models that are not fused or did not run.
-    """
-    rows, parts = figures["rows"] | figures["alone"], ROWS[name].parts
-    if len(parts) < 2 or rows[name]["status"] != "run":
-        return {}
-    names = [f"{name}_audio", f"{name}_text"] if ROWS[name].kind else parts
-    return {"both": rows[name], "audio only": rows[names[0]], "text only": rows[names[1]]}
-
-
 # %% 16. Plots
 def plot_path(name, cfg):
     """Where a plot lies."""
@@ -2099,13 +2084,15 @@ def plot_paths(rows, cfg):
     """The plots of a finished run, in the order of the report; those of the data first."""
     names = ["class_counts", "samples", *(["training_curves", "comparison", "reliability"] if rows else [])]
     names += ["cross_validation"] if rows and len(runs_of(cfg)) > 1 else []
-    names += [f"confusion_{ROWS[name].stem}" for name in rows if rows[name]["status"] == "run"]
+    names += [f"confusion_{ROWS[name].stem}" for name in rows]
     return [plot_path(name, cfg) for name in names]
 
 
 def save_figure(figure, name, cfg):
-    """Save a figure under a name or path with its marks below, show it in a notebook, close it."""
+    """Save a figure under a name or path with its marks below, show it in a notebook, close it: its path."""
     figure.supxlabel("; ".join(marks(cfg)), fontsize=8, color="firebrick")
+    for axis in (axis for axis in figure.axes if not axis.has_data()):
+        axis.set_axis_off()
     path = name if isinstance(name, Path) else plot_path(name, cfg)
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=120)
@@ -2113,6 +2100,7 @@ def save_figure(figure, name, cfg):
         from IPython.display import Image, display
         display(Image(filename=str(path)))
     plt.close(figure)
+    return path
 
 
 def plot_counts(clips, cfg):
@@ -2147,14 +2135,12 @@ def plot_samples(clips, cfg):
         spectrogram.set_xlabel("seconds")
     for axis, label in zip(axes[:, 0], ("amplitude", "mel band") * lines):
         axis.set_ylabel(label)
-    for axis in (axis for axis in axes.flat if not axis.has_data()):
-        axis.set_axis_off()
     save_figure(figure, "samples", cfg)
 
 
 def plot_curves(rows, cfg):
     """Loss and accuracy by epoch of every model that was trained, the mean of all runs."""
-    names = [name for name in MODELS if name in rows and rows[name]["status"] == "run"]
+    names = [name for name in MODELS if name in rows]
     size = (max(5, 3.2 * len(names)), 5.6)
     figure, axes = plt.subplots(2, len(names), figsize=size, layout="constrained", squeeze=False)
     for name, pair in zip(names, axes.T):
@@ -2183,7 +2169,7 @@ def plot_confusion(name, row, cfg):
         axis.tick_params(axis="x", rotation=45)
         axis.tick_params(axis="y", rotation=0)
     figure.suptitle("{title}: test accuracy {accuracy:.1%}, UAR {uar:.1%}".format(**row["test"] | row))
-    save_figure(figure, f"confusion_{ROWS[name].stem}", cfg)
+    return save_figure(figure, f"confusion_{ROWS[name].stem}", cfg)
 
 
 def draw_comparison(axis, rows, several):
@@ -2210,28 +2196,25 @@ def plot_comparison(rows, several, cfg):
     """All rows beside each other."""
     figure, axis = plt.subplots(figsize=(9.5, 1 + 0.55 * len(rows)), layout="constrained")
     draw_comparison(axis, rows, several)
-    save_figure(figure, "comparison", cfg)
+    return save_figure(figure, "comparison", cfg)
 
 
 def plot_reliability(rows, cfg):
     """How often each row is right on test clips, by its confidence; calibrated rows lie on the diagonal."""
-    figure, axes = plt.subplots(-(-len(rows) // 4), 4, figsize=(13, 3.2 * -(-len(rows) // 4)),
-                                layout="constrained", sharex=True, sharey=True, squeeze=False)
-    for axis, row in itertools.zip_longest(axes.flat, rows.values()):
-        if row is None:
-            axis.set_axis_off()
-            continue
-        counts, confidence, right = np.array(row["test"]["reliability"])
-        some = counts > 0
+    lines = -(-len(rows) // 4)
+    figure, axes = plt.subplots(lines, 4, figsize=(13, 3.2 * lines), layout="constrained", sharex=True,
+                                sharey=True, squeeze=False)
+    for axis, row in zip(axes.flat, rows.values()):
+        bins = np.array(row["test"]["reliability"])
+        counts, confidence, right = bins[:, bins[0] > 0]
         axis.plot([0, 1], [0, 1], color="firebrick", linestyle="--", linewidth=1)
-        axis.plot(confidence[some] / counts[some], right[some] / counts[some], "-", color="steelblue")
-        axis.scatter(confidence[some] / counts[some], right[some] / counts[some],
-                     4 + 200 * counts[some] / counts.sum(), color="steelblue")
+        axis.plot(confidence / counts, right / counts, "-", color="steelblue")
+        axis.scatter(confidence / counts, right / counts, 4 + 200 * counts / counts.sum(), color="steelblue")
         axis.set_title(f"{row['title']}\nECE {row['test']['ece']:.3f}", fontsize=9)
         axis.set_xlabel("confidence", fontsize=8)
         axis.tick_params(labelbottom=True)
     figure.supylabel("share of right answers (area: share of clips)", fontsize=9)
-    save_figure(figure, "reliability", cfg)
+    return save_figure(figure, "reliability", cfg)
 
 
 def plot_cross_validation(rows, pairs, cfg):
@@ -2333,17 +2316,15 @@ def write_document(path, title, sections, cfg):
         document.save(temporary)
 
 
-def write_report(figures, study, cfg):
-    """Write the report as .docx from what the other stages left; needs no model."""
-    rows, several = figures["rows"], len(runs_of(cfg)) > 1
-    ran = {name: row for name, row in rows.items() if row["status"] == "run"}
-    best = max(ran, key=lambda name: ran[name]["validation"]["uar"])
-    shown = [name for name in ran if name in ("cnn", best)]
+def write_report(figures, rows, study, cfg):
+    """Write the report as .docx from what the other stages left, the figures of `rows` that ran above all."""
+    several, best = len(runs_of(cfg)) > 1, max(rows, key=lambda name: rows[name]["validation"]["uar"])
+    shown = [name for name in rows if name in ("cnn", best)]
     groups = [{"model": row["title"]} | {group: f"{uar:.1%}" for group, uar in row["groups"]["test"].items()}
-              for row in ran.values()]
+              for row in rows.values()]
     sections = {"Summary": [
         *("{title}: {uar:.1%} UAR, {accuracy:.1%} accuracy on {clips} test predictions{note}.".format(
-            note=" (best row on validation)" if name == best else "", **ran[name]["test"] | ran[name])
+            note=" (best row on validation)" if name == best else "", **rows[name]["test"] | rows[name])
           for name in shown), *(f"Mind: {mark}." for mark in figures["marks"])],
         "Data and split": figures["audit"],
         **{heading: [table] for heading, table in result_tables(figures, several).items()}}
@@ -2364,10 +2345,10 @@ def write_report(figures, study, cfg):
         sections["How reliable must words be before fusion helps?"] = study_section(study, cfg)
     if len(groups[0]) > 1:
         sections["Test UAR by intensity and sex"] = [pd.DataFrame(groups)]
-    for name in shown:
-        by_emotion = pd.DataFrame(ran[name]["test"]["per_class"]).T.round(3).rename_axis("emotion")
-        sections[f"{ran[name]['title']}: test results by emotion, and the most confident mistakes"] = [
-            by_emotion.reset_index(), pd.DataFrame(ran[name]["mistakes"])]
+    for row in (rows[name] for name in shown):
+        by_emotion = pd.DataFrame(row["test"]["per_class"]).T.round(3).rename_axis("emotion")
+        sections[f"{row['title']}: test results by emotion, and the most confident mistakes"] = [
+            by_emotion.reset_index(), pd.DataFrame(row["mistakes"])]
     write_document(Path(cfg.output_dir, REPORT), "Speech emotion recognition: report", sections | {
         "Plots": plot_paths(rows, cfg),
         "What the figures mean, and what they do not": meaning(cfg, figures["classes"]),
@@ -2409,18 +2390,18 @@ def study_table(levels):
         gaps = {(pair["row"], pair["against"]): [pair[f"difference{end}"] for end in ("", "_low", "_high")]
                 for pair in figures["pairs"]}
         gaps |= {(second, first): (-gap, -high, -low) for (first, second), (gap, low, high) in gaps.items()}
-        for text in {"rnn", "bert"}.intersection(rows):
-            for name in rows:
-                if name == "cnn" or text in name.split("_"):
-                    row, line = rows[name], {"noise": cfg.sentence_noise, "text_model": ROWS[text].title}
-                    line |= {"row": name, "title": ROWS[name].title, "text_uar": rows[text]["uar"],
-                             "uar": row["uar"], "low": row["interval"][0], "high": row["interval"][1],
-                             "sd_folds": row["spread"]["folds"], "ece": row["test"]["ece"],
-                             "nll": row["test"]["nll"], "chance": 1 / len(row["test"]["per_class"])}
-                    for key, other in (("audio", "cnn"), ("text", text), ("mean", f"late_{text}")):
-                        for end, value in zip(("", "_low", "_high"), gaps.get((name, other), [math.nan] * 3)):
-                            line[f"minus_{key}{end}"] = value
-                    lines.append(line)
+        texts = [text for text in ("rnn", "bert") if text in rows]
+        for text, (name, row) in itertools.product(texts, rows.items()):
+            if name == "cnn" or text in name.split("_"):
+                line = {"noise": cfg.sentence_noise, "text_model": ROWS[text].title, "row": name,
+                        "title": ROWS[name].title, "text_uar": rows[text]["uar"], "uar": row["uar"],
+                        "low": row["interval"][0], "high": row["interval"][1],
+                        "sd_folds": row["spread"]["folds"], "ece": row["test"]["ece"],
+                        "nll": row["test"]["nll"], "chance": 1 / len(row["test"]["per_class"])}
+                for key, other in (("audio", "cnn"), ("text", text), ("mean", f"late_{text}")):
+                    ends = (f"minus_{key}", f"minus_{key}_low", f"minus_{key}_high")
+                    line |= zip(ends, gaps.get((name, other), [math.nan] * 3))
+                lines.append(line)
     if not lines:
         raise UserError("--phase study compares words with sound: add rnn or bert to --run-models")
     return pd.DataFrame(lines).sort_values(["text_model", "noise"], kind="stable", ignore_index=True)
@@ -2542,14 +2523,15 @@ class Predictor:
     """
 
     def __init__(self, output_dir="outputs", device="cpu"):
-        self.folder, self.device, self.loaded = SimpleNamespace(output_dir=output_dir), device, {}
-        runs = sorted(Path(output_dir).glob("fold_*_seed_*"))
-        if runs and not file_of(self.folder, "checkpoint", "cnn").exists():
+        folder = SimpleNamespace(output_dir=output_dir)
+        path, runs = file_of(folder, "checkpoint", "cnn"), sorted(Path(output_dir).glob("fold_*_seed_*"))
+        if runs and not path.exists():
             raise UserError(f"{output_dir} holds several runs: name one of them, --output-dir {runs[0]}")
-        self.checkpoint = checkpoint = read_checkpoint(file_of(self.folder, "checkpoint", "cnn"))
-        self.classes, self.cfg = checkpoint["classes"], SimpleNamespace(**checkpoint["config"], notes=[])
+        self.checkpoint, self.device, self.loaded = read_checkpoint(path), device, {}
+        self.classes = self.checkpoint["classes"]
+        self.cfg = SimpleNamespace(**self.checkpoint["config"] | vars(folder), notes=[])
         self.heard = SimpleNamespace(**vars(self.cfg) | {"use_simulated_sentences": False})  # for marks
-        self.trained = [name for name in MODELS if file_of(self.folder, "checkpoint", name).exists()]
+        self.trained = [name for name in MODELS if file_of(folder, "checkpoint", name).exists()]
         self.load("cnn")
 
     def predict(self, recording, sampling_rate=None, text=None):
@@ -2567,7 +2549,7 @@ class Predictor:
     def load(self, name):
         """(model, temperature), read once."""
         if name not in self.loaded:
-            path = file_of(self.folder, "checkpoint", name)
+            path = file_of(self.cfg, "checkpoint", name)
             checkpoint = read_checkpoint(path)
             if checkpoint["classes"] != self.classes:
                 raise UserError(f"{path} knows other emotions than AudioCNN beside it: train it again with "
@@ -2608,13 +2590,13 @@ class Predictor:
                 dataset = ClipDataset(windows, model, self.cfg, self.device)
                 found[name] = (predict(model, dataset) / temperature).softmax(dim=1).numpy()
             else:
-                found[name] = fuse_late(name, found, self.folder)
+                found[name] = fuse_late(name, found, self.cfg)
         return found
 
     def rows(self):
         """The names of the rows that can answer when there is a text, AudioCNN first."""
         late = [name for name, row in ROWS.items() if set(row.parts) <= set(self.trained) and (
-                name.startswith("late") or file_of(self.folder, "weights", name).exists())]
+                name.startswith("late") or file_of(self.cfg, "weights", name).exists())]
         return [*self.trained, *late]
 
     def summarize(self, windows, text=None):
@@ -2642,8 +2624,10 @@ class Predictor:
 
 def words_of(path, predictor, cfg):
     """What is said in a recording, None if nothing is known, and where that comes from."""
-    if cfg.text or len(predictor.trained) == 1:
-        return (cfg.text, "--text") if len(predictor.trained) > 1 else (None, "no trained model reads words")
+    if len(predictor.trained) == 1:
+        return None, "no trained model reads words"
+    if cfg.text:
+        return cfg.text, "--text"
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "whisper")
     if not (Path(cfg.whisper_model).is_file() or (cache / f"{cfg.whisper_model}.pt").exists()):
         return None, "no --text, and no weights of Whisper here: audio alone"
@@ -2790,7 +2774,7 @@ def write_demo_encoder(folder):
     import tokenizers
     if Path(folder, "model.safetensors").exists():
         return
-    words = sorted({word for texts in sentence_bank().values() for text in texts for word in words_in(text)})
+    words = sorted(set(words_in(" ".join(itertools.chain(*sentence_bank().values())))))
     special = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
     ids = {token: index for index, token in enumerate([*special.values(), *".,?!'", *words])}
     tokenizer = tokenizers.BertWordPieceTokenizer(ids, lowercase=True)._tokenizer
@@ -2949,7 +2933,7 @@ def report_phase(cfg):
         several = len(runs_of(cfg)) > 1
         if study is not None:
             plot_study(study, cfg)
-        plot_curves(figures["rows"], cfg)
+        plot_curves(rows, cfg)
         plot_comparison(rows, several, cfg)
         plot_reliability(rows, cfg)
         if several:
@@ -2957,7 +2941,7 @@ def report_phase(cfg):
         for name, row in rows.items():
             plot_confusion(name, row, cfg)
         if with_docx:
-            write_report(figures, study, cfg)
+            write_report(figures, rows, study, cfg)
     key = digest(figures["rows"], saved, with_docx, "" if study is None else study.to_csv())
     reuse("report", key, plot_paths(rows, cfg) + [document] * with_docx, cfg, make)
     print(f"Report: {document}" if with_docx else f"{document} is left out: {docx_advice}")
@@ -3035,15 +3019,12 @@ def report_foreign(figures, cfg):
         if row["status"] == "run" else {"note": row["status"]}) for row in figures["rows"].values()])
     table = table.fillna("-")
     print(f"\nTest ({'; '.join(marks(cfg))})\n{table.to_string(index=False)}")
-    plot_comparison(ran, False, cfg)
-    plot_reliability(ran, cfg)
-    for name, row in ran.items():
-        plot_confusion(name, row, cfg)
-    plots = ["comparison", "reliability", *(f"confusion_{ROWS[name].stem}" for name in ran)]
+    plots = [plot_comparison(ran, False, cfg), plot_reliability(ran, cfg),
+             *(plot_confusion(name, row, cfg) for name, row in ran.items())]
     path = Path(cfg.output_dir, REPORT)
     if importlib.util.find_spec("docx") is not None:
         write_document(path, f"Speech emotion recognition: {Path(cfg.manifest).name}", {
-            "Data": figures["audit"], "Test": [table], "Plots": [plot_path(name, cfg) for name in plots],
+            "Data": figures["audit"], "Test": [table], "Plots": plots,
             "What the figures mean, and what they do not": meaning(cfg, figures["classes"]),
             "How to repeat this": [figures["command"], str(figures["versions"])]}, cfg)
     print(f"Report: {path}" if path.exists() else f"{path} is left out: {docx_advice}")
