@@ -44,6 +44,7 @@ import shutil
 import sys
 import time
 import timeit
+import warnings
 import zipfile
 import zlib
 from collections import Counter, namedtuple
@@ -176,8 +177,6 @@ def parse_settings(argv=None):
     given = vars(make_parser().parse_args(argv))
     values = {name.lower(): globals()[name] for name in SETTINGS}
     if (values | given)["demo"]:
-        if "ravdess_path" in given:
-            raise UserError("--demo makes its own corpus: leave out --demo or --ravdess-path")
         for name, value in DEMO_SETTINGS.items():
             values[name] = min(values[name], value) if name.startswith("epochs") else value
         values.update(ravdess_path="archive/demo/corpus", bert_model="archive/demo/distilbert")
@@ -221,9 +220,11 @@ def check_settings(cfg):
             raise UserError(f"{flag} {value!r} is none of {', '.join(map(repr, CHOICES[key]))}")
         if kind in (int, float) and not low <= value <= high:
             raise UserError(f"{flag} {value} is not a number from {low} to {high}")
-    if cfg.manifest and (cfg.demo or cfg.download or "ravdess_path" in cfg.given):
-        other = "--demo" if cfg.demo else "--download" if cfg.download else "--ravdess-path"
-        raise UserError(f"--manifest {cfg.manifest} is a corpus of its own: leave it out, or {other}")
+    corpora = {f"--manifest {cfg.manifest}": cfg.manifest, "--demo": cfg.demo,
+               "--download": cfg.download, "--ravdess-path": "ravdess_path" in cfg.given}
+    first, *others = [flag for flag, asked in corpora.items() if asked] or [""]
+    if others and first != "--download":  # which fills the folder of --ravdess-path
+        raise UserError(f"{first} is a corpus of its own: leave it out, or {others[0]}")
     if cfg.phase == "evaluate" and not cfg.manifest:
         raise UserError("--phase evaluate needs another corpus: name its table with --manifest")
     names, known = names_in(cfg.run_models), [name for name in MODELS if not name.startswith("attention")]
@@ -232,8 +233,6 @@ def check_settings(cfg):
     folds = names_in(cfg.folds)
     if not folds or len(set(folds)) < len(folds) or not set(folds) <= set("01234"):
         raise UserError(f"--folds {cfg.folds!r} is not a list of different folds out of 0,1,2,3,4")
-    if cfg.demo and cfg.download:
-        raise UserError("--demo makes its own corpus: leave out --demo or --download")
     if cfg.phase == "study" and not cfg.use_simulated_sentences:
         raise UserError("--phase study needs simulated sentences: leave out --no-use-simulated-sentences")
     if cfg.split == "random" and len(folds) * cfg.runs > 1:
@@ -675,7 +674,6 @@ def split_clips(clips, cfg):
 def describe_split(clips, cfg):
     """The clips and actors of each split, and how many actors stand in several, as one sentence."""
     title = {"random": "Random split", "speaker": f"Fold {cfg.folds}"}.get(cfg.split, "Split of the manifest")
-    spoken = clips[clips["actor"] != ""].groupby("actor")["split"].nunique()
     texts = []
     for split, part in ((split, clips[clips["split"] == split]) for split in SPLITS):
         actors = " ".join(map(str, sorted(part["actor"].unique())))
@@ -684,10 +682,12 @@ def describe_split(clips, cfg):
             share = (part["emotion"] != part["sentence_emotion"]).mean()
             texts[-1] += (f", {share:.1%} of them with a sentence of another emotion "
                           f"({cfg.sentence_noise:.1%} dealt anew)")
-    shared = f"; {(spoken > 1).sum()} actors stand in several splits" * bool((spoken > 1).any())
+    spoken = clips[clips["actor"] != ""].groupby("actor")["split"].nunique()
     if spoken.empty:
-        shared = "; no speakers are named, so that splits may share voices, which flatters"
-    return f"{title}: {'; '.join(texts)}{shared}."
+        texts.append("no speakers are named, so that splits may share voices, which flatters")
+    elif spoken.max() > 1:
+        texts.append(f"{(spoken > 1).sum()} actors stand in several splits")
+    return f"{title}: {'; '.join(texts)}."
 
 
 # %% 7. Sentences and transcripts
@@ -942,10 +942,7 @@ class Silence(AudioError):
 
 
 def load_audio(path, rate, trim_db=math.inf):
-    """A recording as mono float32 samples (n,) at `rate` Hz, silence at both ends cut off.
-
-    Raises AudioError with why it cannot be used.
-    """
+    """A recording as mono float32 samples (n,) at `rate` Hz, both silent ends cut off. Raises AudioError."""
     return prepare_samples(*read_audio(path), rate, trim_db)[0]
 
 
@@ -966,10 +963,7 @@ def read_audio(path):
 
 
 def prepare_samples(samples, own_rate, rate, trim_db):
-    """Samples (n,) as float32 at `rate` Hz without silence at both ends, and where they start in s.
-
-    Raises AudioError with why they cannot be used.
-    """
+    """Float32 samples (n,) at `rate` Hz without silent ends, and their start in s. Raises AudioError."""
     scale, peak = 1 / 32768 if samples.dtype == np.int16 else 1.0, peak_of(samples)
     if peak * scale < 1e-4:
         raise Silence("silent" if len(samples) else "no samples in it")
@@ -1254,10 +1248,7 @@ class ResidualBlock(nn.Module):
 
 
 class AudioCNN(Encoder):
-    """A 2-D CNN on log-mel windows, four frequency bands kept apart, a GRU over time, attentive statistics.
-
-    Each window is standardised by itself, so that loudness says nothing.
-    """
+    """A 2-D CNN on log-mel windows, four bands of them kept apart, a GRU over time, attentive statistics."""
 
     inputs, step_width, width = ("mel",), 128, 256
 
@@ -1275,7 +1266,7 @@ class AudioCNN(Encoder):
     def sequence(self, batch):
         """mel (B, 1, M, T) -> steps (B, S, 128), S = T / 8, and their mask (B, S), all true."""
         deviation, mean = torch.std_mean(batch["mel"], dim=(2, 3), keepdim=True)
-        x = (batch["mel"] - mean) / (deviation + 1e-5)
+        x = (batch["mel"] - mean) / (deviation + 1e-5)  # each window by itself: loudness says nothing
         x = self.convolutions(x)  # (B, 1, M, T) -> (B, 128, M / 16, S)
         if x.shape[2] != 4:  # not 64 mel bands
             x = F.adaptive_avg_pool2d(x, (4, x.shape[3]))
@@ -1456,6 +1447,7 @@ FILES = {"history": "histories/{}.csv", "predictions": "predictions/{}.csv", "ch
          "state": "{}_training.pth",  # of a training that is not finished
          "weights": "{}.json", "out_of_fold": "predictions/{}_out_of_fold.csv"}
 RESULTS = "history", "predictions", "checkpoint"  # what a training leaves, in this order
+TRAIN_AGAIN = "train it again with --phase all, or name another --output-dir"
 FUSION_KINDS = {"concat": ["fusion"], "attention": ["attention"], "both": ["fusion", "attention"]}
 
 
@@ -1705,8 +1697,8 @@ def read_checkpoint(path):
             raise ValueError("not written by this script")
         return checkpoint
     except Exception as error:  # missing, truncated, foreign and hostile files raise many kinds
-        raise UserError(f"{path} is not a usable checkpoint ({type(error).__name__}): train it again with "
-                        "--phase all, or name another --output-dir") from error
+        reason = f"is not a usable checkpoint ({type(error).__name__})"
+        raise UserError(f"{path} {reason}: {TRAIN_AGAIN}") from error
 
 
 def restore_model(path):
@@ -1716,8 +1708,7 @@ def restore_model(path):
         model = MODELS[checkpoint["model"]].kind(**checkpoint["spec"])
         model.load_state_dict(checkpoint["weights"])
     except (KeyError, RuntimeError, TypeError) as error:
-        raise UserError(f"{path} was made by another version of this script: train it again with "
-                        "--phase all, or name another --output-dir") from error
+        raise UserError(f"{path} was made by another version of this script: {TRAIN_AGAIN}") from error
     return model.eval()
 
 
@@ -2220,13 +2211,14 @@ def plot_reliability(rows, cfg):
 def plot_cross_validation(rows, pairs, cfg):
     """One page: UAR with intervals, recall by emotion, UAR by actor, and the differences between rows."""
     figure, axes = plt.subplots(4, 1, figsize=(11, 5 + 1.5 * len(rows)), layout="constrained")
-    titles, share = [row["title"] for row in rows.values()], {"annot": True, "cmap": "Blues", "cbar": False}
     draw_comparison(axes[0], rows, True)
+    titles, actors = zip(*((row["title"], row["by_actor"]) for row in rows.values()))
     recalls = [{emotion: figures["recall"] for emotion, figures in row["test"]["per_class"].items()}
                for row in rows.values()]
-    sns.heatmap(100 * pd.DataFrame(recalls, titles), ax=axes[1], fmt=".0f", **share)
-    sns.heatmap(100 * pd.DataFrame([row["by_actor"] for row in rows.values()], titles), ax=axes[2],
-                fmt=".0f", **share)
+    for axis, title, shares in zip(axes[1:], ("Recall by emotion", "UAR by actor"), (recalls, actors)):
+        shares = 100 * pd.DataFrame(shares, titles)
+        sns.heatmap(shares, annot=True, fmt=".0f", cmap="Blues", cbar=False, ax=axis)
+        axis.set(title=f"{title} in %")
     gaps, texts = (pd.DataFrame(fill, list(rows), list(rows)) for fill in (0.0, ""))
     for pair in (pair for pair in pairs if pair["row"] in rows and pair["against"] in rows):
         star = "*" * (pair["difference_low"] > 0 or pair["difference_high"] < 0)
@@ -2235,8 +2227,6 @@ def plot_cross_validation(rows, pairs, cfg):
             texts.loc[cell] = f"{gaps.loc[cell]:+.1f}{star}"
     sns.heatmap(gaps, annot=texts, fmt="", cmap="RdBu", center=0, cbar=False, ax=axes[3],
                 yticklabels=titles)
-    axes[1].set(title="Recall by emotion in %")
-    axes[2].set(title="UAR by actor in %")
     axes[3].set(title="Difference in pooled UAR, row minus column (*: its paired 95 % interval leaves out 0)")
     axes[3].set_xticklabels(titles, rotation=30, ha="right")
     save_figure(figure, "cross_validation", cfg)
@@ -2244,7 +2234,7 @@ def plot_cross_validation(rows, pairs, cfg):
 
 # %% 17. Report
 REPORT = "emotion_recognition_report.docx"
-docx_advice = "pip install python-docx, then --phase report makes it"
+DOCX_ADVICE = "pip install python-docx, then --phase report makes it"
 def meaning(cfg, classes):
     """What the figures mean, and what they do not, as sentences."""
     foreign = cfg.phase == "evaluate"
@@ -2363,11 +2353,11 @@ STUDY = "study.csv"
 
 def study_settings(cfg):
     """`cfg` itself, then in --phase study a copy for each other share of SENTENCE_NOISE, with its folder."""
-    def at(noise):
-        """The settings of one share; its folder is that of a run of its own."""
+    levels = [cfg]
+    for noise in sorted({*NOISES} - {cfg.sentence_noise}) if cfg.phase == "study" else ():
         named = {"phase": "all", "sentence_noise": noise, "output_dir": f"{cfg.output_dir}/noise_{noise}"}
-        return SimpleNamespace(**vars(cfg) | named | {"given": sorted({*cfg.given, *named})})
-    return [cfg, *(at(noise) for noise in NOISES if cfg.phase == "study" and noise != cfg.sentence_noise)]
+        levels.append(SimpleNamespace(**vars(cfg) | named | {"given": sorted({*cfg.given, *named})}))
+    return levels
 
 
 def share_audio(source, target):
@@ -2494,8 +2484,6 @@ def read_any(path):
     try:
         return read_audio(path)
     except AudioError as error:
-        import warnings
-
         import librosa
         try:
             with warnings.catch_warnings():
@@ -2552,8 +2540,7 @@ class Predictor:
             path = file_of(self.cfg, "checkpoint", name)
             checkpoint = read_checkpoint(path)
             if checkpoint["classes"] != self.classes:
-                raise UserError(f"{path} knows other emotions than AudioCNN beside it: train it again with "
-                                "--phase all, or name another --output-dir")
+                raise UserError(f"{path} knows other emotions than AudioCNN beside it: {TRAIN_AGAIN}")
             self.loaded[name] = restore_model(path).to(self.device), checkpoint["temperature"]
         return self.loaded[name]
 
@@ -2840,12 +2827,11 @@ def check_needs(runs, names, cfg):
     encoders = sum("bert" in name for _, name in todo)  # that checkpoints hold; a training's state has four
     size = sum(p.numel() for p in load_text_encoder(cfg.bert_model)[2].parameters()) if encoders else 0
     if importlib.util.find_spec("docx") is None:
-        print(f"The .docx will be left out: {docx_advice}")
-    folder = Path(cfg.output_dir)
-    save(folder / "cache" / "writable.key", b"")
-    free, need = shutil.disk_usage(folder).free / 1e9, 0.3 + 5e-9 * size * (encoders + 8)  # 4 bytes each
+        print(f"The .docx will be left out: {DOCX_ADVICE}")
+    free, need = shutil.disk_usage(cfg.output_dir).free / 1e9, 0.3 + 5e-9 * size * (encoders + 8)  # 4 bytes
     if free < need:
-        raise UserError(f"{folder} has {free:.1f} GB left of {need:.1f} needed: name another --output-dir")
+        raise UserError(f"{cfg.output_dir} has {free:.1f} GB left of {need:.1f} needed: name another "
+                        "--output-dir")
 
 
 def epoch_seconds(name, clips, cfg, device, trained):
@@ -2944,7 +2930,7 @@ def report_phase(cfg):
             write_report(figures, rows, study, cfg)
     key = digest(figures["rows"], saved, with_docx, "" if study is None else study.to_csv())
     reuse("report", key, plot_paths(rows, cfg) + [document] * with_docx, cfg, make)
-    print(f"Report: {document}" if with_docx else f"{document} is left out: {docx_advice}")
+    print(f"Report: {document}" if with_docx else f"{document} is left out: {DOCX_ADVICE}")
 
 
 def experiment(clips, audit, names, cfg, device):
@@ -3027,7 +3013,7 @@ def report_foreign(figures, cfg):
             "Data": figures["audit"], "Test": [table], "Plots": plots,
             "What the figures mean, and what they do not": meaning(cfg, figures["classes"]),
             "How to repeat this": [figures["command"], str(figures["versions"])]}, cfg)
-    print(f"Report: {path}" if path.exists() else f"{path} is left out: {docx_advice}")
+    print(f"Report: {path}" if path.exists() else f"{path} is left out: {DOCX_ADVICE}")
 
 
 @contextlib.contextmanager
