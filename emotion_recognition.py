@@ -671,9 +671,14 @@ def split_clips(clips, cfg):
     return clips
 
 
+def title_of_split(cfg):
+    """What to call the split of a run, or that of the first of several."""
+    return {"random": "Random split", "speaker": f"Fold {names_in(cfg.folds)[0]}"}.get(
+        cfg.split, "Split of the manifest")
+
+
 def describe_split(clips, cfg):
     """The clips and actors of each split, and how many actors stand in several, as one sentence."""
-    title = {"random": "Random split", "speaker": f"Fold {cfg.folds}"}.get(cfg.split, "Split of the manifest")
     texts = []
     for split, part in ((split, clips[clips["split"] == split]) for split in SPLITS):
         actors = " ".join(map(str, sorted(part["actor"].unique())))
@@ -687,11 +692,12 @@ def describe_split(clips, cfg):
         texts.append("no speakers are named, so that splits may share voices, which flatters")
     elif spoken.max() > 1:
         texts.append(f"{(spoken > 1).sum()} actors stand in several splits")
-    return f"{title}: {'; '.join(texts)}."
+    return f"{title_of_split(cfg)}: {'; '.join(texts)}."
 
 
 # %% 7. Sentences and transcripts
 STATEMENTS = {1: "Kids are talking by the door", 2: "Dogs are sitting by the door"}  # of RAVDESS
+INTENSITIES = {1: "normal intensity", 2: "strong intensity"}
 # Fold k tests the sentences k::5 of an emotion; cue words recur in all five fifths.
 SENTENCES = {
     "neutral": """I paid the bill at the post office. | My appointment is at ten on Friday. | I take the bus
@@ -895,11 +901,9 @@ def describe_transcripts(clips):
     """How well Whisper heard RAVDESS's statements, overall, by emotion and by intensity, as sentences."""
     if "statement" not in clips:
         return [f"{(clips['transcript'] == '').sum()} of {len(clips)} transcripts are empty."]
-    emotions = ((f"{emotion} ", clips[clips["emotion"] == emotion]) for emotion in classes_of(clips))
-    groups = [("", clips), *emotions,
-              ("normal intensity ", clips[clips["intensity"] == 1]),
-              ("strong intensity ", clips[clips["intensity"] == 2])]
-    rates = ", ".join(f"{name}{word_error_rate(part):.1%}" for name, part in groups if len(part))
+    groups = [("", clips), *clips.groupby("emotion", observed=True),
+              *clips.groupby(clips["intensity"].map(INTENSITIES))]
+    rates = ", ".join(f"{name} {word_error_rate(part):.1%}".strip() for name, part in groups)
     return [f"Word error rate of Whisper: {rates}; {(clips['transcript'] == '').sum()} empty transcripts.",
             "RAVDESS's two statements are spoken in every emotion: true transcripts carry no label, so rows "
             "that read words alone are expected at chance."]
@@ -1915,7 +1919,7 @@ def pooled(name, runs, tables):
     for cfg, clips in zip(runs, tables):
         traits = clips.filter(["clip", "actor", "transcript", "intensity", "sex"])
         part = read_predictions(cfg, name).drop(columns="actor").merge(traits, on="clip")
-        part = part.replace({"intensity": {1: "normal intensity", 2: "strong intensity"}})
+        part = part.replace({"intensity": INTENSITIES})
         parts.append(part.assign(fold=int(cfg.folds), seed=cfg.seed))
     return pd.concat(parts).sort_values(["seed", "clip"], ignore_index=True)
 
@@ -2100,8 +2104,8 @@ def plot_counts(clips, cfg):
     sns.countplot(clips, x="emotion", hue="split", order=classes_of(clips), hue_order=SPLITS, ax=axis)
     for bars in axis.containers:
         axis.bar_label(bars, fontsize=8)
-    split = "random split" if cfg.split == "random" else f"fold {names_in(cfg.folds)[0]}"
-    axis.set(title=f"Clips per emotion, {len(clips)} in all, {split}", xlabel="", ylabel="clips")
+    title = f"Clips per emotion, {len(clips)} in all, {title_of_split(cfg).lower()}"
+    axis.set(title=title, xlabel="", ylabel="clips")
     axis.legend(title="", loc="upper left", bbox_to_anchor=(1, 1))
     save_figure(figure, "class_counts", cfg)
 
@@ -2220,7 +2224,7 @@ def plot_cross_validation(rows, pairs, cfg):
         sns.heatmap(shares, annot=True, fmt=".0f", cmap="Blues", cbar=False, ax=axis)
         axis.set(title=f"{title} in %")
     gaps, texts = (pd.DataFrame(fill, list(rows), list(rows)) for fill in (0.0, ""))
-    for pair in (pair for pair in pairs if pair["row"] in rows and pair["against"] in rows):
+    for pair in pairs:
         star = "*" * (pair["difference_low"] > 0 or pair["difference_high"] < 0)
         for sign, cell in ((1, (pair["row"], pair["against"])), (-1, (pair["against"], pair["row"]))):
             gaps.loc[cell] = 100 * sign * pair["difference"]
@@ -2235,6 +2239,8 @@ def plot_cross_validation(rows, pairs, cfg):
 # %% 17. Report
 REPORT = "emotion_recognition_report.docx"
 DOCX_ADVICE = "pip install python-docx, then --phase report makes it"
+
+
 def meaning(cfg, classes):
     """What the figures mean, and what they do not, as sentences."""
     foreign = cfg.phase == "evaluate"
@@ -2329,8 +2335,7 @@ def write_report(figures, rows, study, cfg):
             f"{figures['unseen_actors'] or 'none'}."]
         sections["Paired differences in pooled UAR, in points, with their 95 % intervals"] = [pd.DataFrame([
             {"row": rows[pair["row"]]["title"], "against": rows[pair["against"]]["title"],
-             "difference": points(pair, "difference")}
-            for pair in figures["pairs"] if pair["row"] in rows and pair["against"] in rows])]
+             "difference": points(pair, "difference")} for pair in figures["pairs"]])]
     if study is not None:
         sections["How reliable must words be before fusion helps?"] = study_section(study, cfg)
     if len(groups[0]) > 1:
@@ -2911,7 +2916,7 @@ def report_phase(cfg):
     for run, name in itertools.product(runs_of(cfg), MODELS):
         if name in rows:
             read_checkpoint(file_of(run, "checkpoint", name))
-
+    figures["pairs"] = [pair for pair in figures["pairs"] if {pair["row"], pair["against"]} <= set(rows)]
     study = read_study(rows, cfg)
 
     def make():

@@ -1376,7 +1376,7 @@ def test_a_manifest_is_split_by_speaker(fold):
 
 @pytest.mark.parametrize(("second", "split", "shared"), [
     ("2", "manifest", ""), ("1", "shared", "1 actors stand in several splits")])
-def test_a_split_of_the_manifest_is_kept_and_shared_speakers_are_counted(second, split, shared):
+def test_a_split_of_the_manifest_is_kept_and_shared_speakers_are_counted(second, split, shared, monkeypatch):
     lines = [f"{emotion}{place}.wav,{emotion},{speaker},{name}" for emotion in ("sad", "odd")
              for place, (speaker, name) in enumerate((("1", "train"), (second, "Test"), ("3", "validation")))]
     clips, _ = er.index_manifest(manifest(*lines))
@@ -1388,6 +1388,10 @@ def test_a_split_of_the_manifest_is_kept_and_shared_speakers_are_counted(second,
     assert cfg.split == split and sentence.startswith("Split of the manifest: train 2 clips of actors 1; ")
     assert shared in sentence if shared else "stand in" not in sentence
     assert ("speakers shared" in str(er.marks(cfg))) == bool(shared)
+    titles = []
+    monkeypatch.setattr(er, "save_figure", lambda figure, *_: titles.append(figure.axes[0].get_title()))
+    er.plot_counts(clips, cfg)
+    assert titles == ["Clips per emotion, 6 in all, split of the manifest"]
 
 
 def test_without_speakers_the_split_is_random_and_everything_says_so():
