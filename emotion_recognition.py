@@ -121,9 +121,10 @@ EMA_DECAY = 0.99                 # moving average of the weights, per step
 
 SETTINGS = {name: type(value) for name, value in list(globals().items())
             if name.isupper() and type(value) in (bool, int, float, str)}
+FUSION_KINDS = {"concat": ["fusion"], "attention": ["attention"], "both": ["fusion", "attention"]}  # rows
 CHOICES = {
     "phase": ("all", "data", "unimodal", "fusion", "study", "report", "predict", "evaluate"),
-    "fusion": ("concat", "attention", "both"),
+    "fusion": tuple(FUSION_KINDS),
     "device": ("auto", "cuda", "mps", "cpu"),
     "split": ("speaker", "random"),
     "test_views": (1, 2, 3, 4, 5),
@@ -1356,9 +1357,7 @@ class TextBERT(Encoder):
         output = self.encoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
         return output.last_hidden_state, batch["attention_mask"].bool()
 
-    def pool(self, steps, mask):
-        """(B, L, D) -> (B, D)."""
-        return masked_mean(steps, mask)
+    pool = staticmethod(masked_mean)  # (B, L, D) -> (B, D)
 
 
 # %% 13. Fusion
@@ -1452,7 +1451,6 @@ FILES = {"history": "histories/{}.csv", "predictions": "predictions/{}.csv", "ch
          "weights": "{}.json", "out_of_fold": "predictions/{}_out_of_fold.csv"}
 RESULTS = "history", "predictions", "checkpoint"  # what a training leaves, in this order
 TRAIN_AGAIN = "train it again with --phase all, or name another --output-dir"
-FUSION_KINDS = {"concat": ["fusion"], "attention": ["attention"], "both": ["fusion", "attention"]}
 
 
 def file_of(cfg, kind, name):
@@ -2385,7 +2383,7 @@ def study_table(levels):
         gaps = {(pair["row"], pair["against"]): [pair[f"difference{end}"] for end in ("", "_low", "_high")]
                 for pair in figures["pairs"]}
         gaps |= {(second, first): (-gap, -high, -low) for (first, second), (gap, low, high) in gaps.items()}
-        texts = [text for text in ("rnn", "bert") if text in rows]
+        texts = [text for text in ("rnn", "bert") if {text, "cnn"} <= set(rows)]
         for text, (name, row) in itertools.product(texts, rows.items()):
             if name == "cnn" or text in name.split("_"):
                 line = {"noise": cfg.sentence_noise, "text_model": ROWS[text].title, "row": name,
@@ -2398,7 +2396,7 @@ def study_table(levels):
                     line |= zip(ends, gaps.get((name, other), [math.nan] * 3))
                 lines.append(line)
     if not lines:
-        raise UserError("--phase study compares words with sound: add rnn or bert to --run-models")
+        raise UserError("--phase study compares words with sound: add cnn and rnn or bert to --run-models")
     return pd.DataFrame(lines).sort_values(["text_model", "noise"], kind="stable", ignore_index=True)
 
 

@@ -1045,6 +1045,12 @@ def test_the_study_trains_the_words_anew_at_every_noise_and_resumes(copied, trai
     assert "How reliable must words be" not in text
 
 
+def test_a_study_needs_sound_to_compare_words_with():
+    er.save(Path("outputs/metrics.json"), {"rows": {"rnn": {"uar": 0.5}}, "alone": {}, "pairs": []})
+    with pytest.raises(er.UserError, match="add cnn and rnn or bert to --run-models"):
+        er.study_table([config()])
+
+
 def study_of(noise, text_uar, **uars):
     """Lines of a study with TextRNN, sound at 60 %, every interval 4 points wide."""
     rows = {"cnn": 0.6, "rnn": text_uar} | uars
