@@ -504,7 +504,8 @@ def index_clips(folder):
 
 RESERVED = {  # columns of predictions, of groups and of scores: no emotion can be called so
     "split", "clip", "actor", "emotion", "true", "predicted", "marks", "transcript", "intensity", "sex",
-    "fold", "seed", "confidence", "accuracy", "macro avg", "weighted avg", "micro avg"}
+    "fold", "seed", "confidence", "accuracy", "macro avg", "weighted avg", "micro avg",
+    "start", "end", "voiced", "recording", "error", "model", "note"}
 
 
 def index_manifest(path):

@@ -1349,6 +1349,12 @@ def test_a_manifest_has_its_own_emotions_those_of_ravdess_first_then_by_alphabet
     assert clips["actor"].tolist() == [7, 7, 7, 12] and list(audit["left_out"]) == [str(Path("/no/e.wav"))]
 
 
+@pytest.mark.parametrize("name", ["start", "Voiced", "note", "model", "error", "fold"])
+def test_no_emotion_is_called_like_a_column_of_an_answer(name):
+    with pytest.raises(er.UserError, match=r"line 3: .* name of a column"):
+        er.index_manifest(manifest("a.wav,sad,1,train", f"b.wav,{name},1,train"))
+
+
 def test_paths_of_a_manifest_start_in_its_folder():
     touch("deep", "sound/a.wav", "sound/b.wav")
     manifest("sound/a.wav,happy", f"{Path.cwd() / 'deep/sound/b.wav'},sad", header="path,emotion",
