@@ -44,6 +44,7 @@ import shutil
 import sys
 import time
 import timeit
+import warnings
 import zipfile
 import zlib
 from collections import Counter, namedtuple
@@ -120,9 +121,10 @@ EMA_DECAY = 0.99                 # moving average of the weights, per step
 
 SETTINGS = {name: type(value) for name, value in list(globals().items())
             if name.isupper() and type(value) in (bool, int, float, str)}
+FUSION_KINDS = {"concat": ["fusion"], "attention": ["attention"], "both": ["fusion", "attention"]}  # rows
 CHOICES = {
     "phase": ("all", "data", "unimodal", "fusion", "study", "report", "predict", "evaluate"),
-    "fusion": ("concat", "attention", "both"),
+    "fusion": tuple(FUSION_KINDS),
     "device": ("auto", "cuda", "mps", "cpu"),
     "split": ("speaker", "random"),
     "test_views": (1, 2, 3, 4, 5),
@@ -176,8 +178,6 @@ def parse_settings(argv=None):
     given = vars(make_parser().parse_args(argv))
     values = {name.lower(): globals()[name] for name in SETTINGS}
     if (values | given)["demo"]:
-        if "ravdess_path" in given:
-            raise UserError("--demo makes its own corpus: leave out --demo or --ravdess-path")
         for name, value in DEMO_SETTINGS.items():
             values[name] = min(values[name], value) if name.startswith("epochs") else value
         values.update(ravdess_path="archive/demo/corpus", bert_model="archive/demo/distilbert")
@@ -221,9 +221,11 @@ def check_settings(cfg):
             raise UserError(f"{flag} {value!r} is none of {', '.join(map(repr, CHOICES[key]))}")
         if kind in (int, float) and not low <= value <= high:
             raise UserError(f"{flag} {value} is not a number from {low} to {high}")
-    if cfg.manifest and (cfg.demo or cfg.download or "ravdess_path" in cfg.given):
-        other = "--demo" if cfg.demo else "--download" if cfg.download else "--ravdess-path"
-        raise UserError(f"--manifest {cfg.manifest} is a corpus of its own: leave it out, or {other}")
+    corpora = {f"--manifest {cfg.manifest}": cfg.manifest, "--demo": cfg.demo,
+               "--download": cfg.download, "--ravdess-path": "ravdess_path" in cfg.given}
+    first, *others = [flag for flag, asked in corpora.items() if asked] or [""]
+    if others and first != "--download":  # which fills the folder of --ravdess-path
+        raise UserError(f"{first} is a corpus of its own: leave it out, or {others[0]}")
     if cfg.phase == "evaluate" and not cfg.manifest:
         raise UserError("--phase evaluate needs another corpus: name its table with --manifest")
     names, known = names_in(cfg.run_models), [name for name in MODELS if not name.startswith("attention")]
@@ -232,8 +234,6 @@ def check_settings(cfg):
     folds = names_in(cfg.folds)
     if not folds or len(set(folds)) < len(folds) or not set(folds) <= set("01234"):
         raise UserError(f"--folds {cfg.folds!r} is not a list of different folds out of 0,1,2,3,4")
-    if cfg.demo and cfg.download:
-        raise UserError("--demo makes its own corpus: leave out --demo or --download")
     if cfg.phase == "study" and not cfg.use_simulated_sentences:
         raise UserError("--phase study needs simulated sentences: leave out --no-use-simulated-sentences")
     if cfg.split == "random" and len(folds) * cfg.runs > 1:
@@ -343,6 +343,15 @@ def refuse(path, number, problems, advice):
     """Raise a UserError that names a line of a table if one of its problems holds."""
     for problem in (problem for problem, holds in problems.items() if holds):
         raise UserError(f"{path} line {number}: {problem}: {advice}")
+
+
+def load_package(name, advice):
+    """A package that is slow to import or may be missing; a UserError ends with advice where it is."""
+    try:
+        return importlib.import_module(name)
+    except Exception as error:  # also when it was made for another torch
+        raise UserError(f"{name} does not load beside torch {torch.__version__} ({type(error).__name__}: "
+                        f"{error}): {advice}") from error
 
 
 def in_parallel(function, items, title):
@@ -495,7 +504,8 @@ def index_clips(folder):
 
 RESERVED = {  # columns of predictions, of groups and of scores: no emotion can be called so
     "split", "clip", "actor", "emotion", "true", "predicted", "marks", "transcript", "intensity", "sex",
-    "fold", "seed", "confidence", "accuracy", "macro avg", "weighted avg", "micro avg"}
+    "fold", "seed", "confidence", "accuracy", "macro avg", "weighted avg", "micro avg",
+    "start", "end", "voiced", "recording", "error", "model", "note"}
 
 
 def index_manifest(path):
@@ -665,10 +675,14 @@ def split_clips(clips, cfg):
     return clips
 
 
+def title_of_split(cfg):
+    """What to call the split of a run, or that of the first of several."""
+    return {"random": "Random split", "speaker": f"Fold {names_in(cfg.folds)[0]}"}.get(
+        cfg.split, "Split of the manifest")
+
+
 def describe_split(clips, cfg):
     """The clips and actors of each split, and how many actors stand in several, as one sentence."""
-    title = {"random": "Random split", "speaker": f"Fold {cfg.folds}"}.get(cfg.split, "Split of the manifest")
-    spoken = clips[clips["actor"] != ""].groupby("actor")["split"].nunique()
     texts = []
     for split, part in ((split, clips[clips["split"] == split]) for split in SPLITS):
         actors = " ".join(map(str, sorted(part["actor"].unique())))
@@ -677,14 +691,17 @@ def describe_split(clips, cfg):
             share = (part["emotion"] != part["sentence_emotion"]).mean()
             texts[-1] += (f", {share:.1%} of them with a sentence of another emotion "
                           f"({cfg.sentence_noise:.1%} dealt anew)")
-    shared = f"; {(spoken > 1).sum()} actors stand in several splits" * bool((spoken > 1).any())
+    spoken = clips[clips["actor"] != ""].groupby("actor")["split"].nunique()
     if spoken.empty:
-        shared = "; no speakers are named, so that splits may share voices, which flatters"
-    return f"{title}: {'; '.join(texts)}{shared}."
+        texts.append("no speakers are named, so that splits may share voices, which flatters")
+    elif spoken.max() > 1:
+        texts.append(f"{(spoken > 1).sum()} actors stand in several splits")
+    return f"{title_of_split(cfg)}: {'; '.join(texts)}."
 
 
 # %% 7. Sentences and transcripts
 STATEMENTS = {1: "Kids are talking by the door", 2: "Dogs are sitting by the door"}  # of RAVDESS
+INTENSITIES = {1: "normal intensity", 2: "strong intensity"}
 # Fold k tests the sentences k::5 of an emotion; cue words recur in all five fifths.
 SENTENCES = {
     "neutral": """I paid the bill at the post office. | My appointment is at ten on Friday. | I take the bus
@@ -857,11 +874,9 @@ def deal_emotions(clips, cfg):
 def load_whisper(cfg, device):
     """(module, model) of --whisper-model, a name (downloaded once) or a checkpoint file. Raises UserError."""
     way_out = "or leave out --no-use-simulated-sentences"
+    whisper = load_package("whisper", f"pip install openai-whisper, {way_out}")
     try:
-        import whisper
         return whisper, whisper.load_model(cfg.whisper_model, device="cuda" if device == "cuda" else "cpu")
-    except ImportError as error:
-        raise UserError(f"Whisper is not there ({error}): pip install openai-whisper, {way_out}") from error
     except Exception as error:  # no such name, no network, or a file that is something else
         raise UserError(f"--whisper-model {cfg.whisper_model} cannot be loaded ({type(error).__name__}): "
                         f"name a Whisper checkpoint, {way_out}") from error
@@ -890,11 +905,9 @@ def describe_transcripts(clips):
     """How well Whisper heard RAVDESS's statements, overall, by emotion and by intensity, as sentences."""
     if "statement" not in clips:
         return [f"{(clips['transcript'] == '').sum()} of {len(clips)} transcripts are empty."]
-    emotions = ((f"{emotion} ", clips[clips["emotion"] == emotion]) for emotion in classes_of(clips))
-    groups = [("", clips), *emotions,
-              ("normal intensity ", clips[clips["intensity"] == 1]),
-              ("strong intensity ", clips[clips["intensity"] == 2])]
-    rates = ", ".join(f"{name}{word_error_rate(part):.1%}" for name, part in groups if len(part))
+    groups = [("", clips), *clips.groupby("emotion", observed=True),
+              *clips.groupby(clips["intensity"].map(INTENSITIES))]
+    rates = ", ".join(f"{name} {word_error_rate(part):.1%}".strip() for name, part in groups)
     return [f"Word error rate of Whisper: {rates}; {(clips['transcript'] == '').sum()} empty transcripts.",
             "RAVDESS's two statements are spoken in every emotion: true transcripts carry no label, so rows "
             "that read words alone are expected at chance."]
@@ -937,10 +950,7 @@ class Silence(AudioError):
 
 
 def load_audio(path, rate, trim_db=math.inf):
-    """A recording as mono float32 samples (n,) at `rate` Hz, silence at both ends cut off.
-
-    Raises AudioError with why it cannot be used.
-    """
+    """A recording as mono float32 samples (n,) at `rate` Hz, both silent ends cut off. Raises AudioError."""
     return prepare_samples(*read_audio(path), rate, trim_db)[0]
 
 
@@ -961,10 +971,7 @@ def read_audio(path):
 
 
 def prepare_samples(samples, own_rate, rate, trim_db):
-    """Samples (n,) as float32 at `rate` Hz without silence at both ends, and where they start in s.
-
-    Raises AudioError with why they cannot be used.
-    """
+    """Float32 samples (n,) at `rate` Hz without silent ends, and their start in s. Raises AudioError."""
     scale, peak = 1 / 32768 if samples.dtype == np.int16 else 1.0, peak_of(samples)
     if peak * scale < 1e-4:
         raise Silence("silent" if len(samples) else "no samples in it")
@@ -990,12 +997,7 @@ def loud_part(samples, rate, trim_db):
 
 def load_torchaudio():
     """torchaudio.functional, or a UserError with the line that repairs an installation that does not load."""
-    try:
-        import torchaudio.functional
-        return torchaudio.functional
-    except (ImportError, OSError, RuntimeError, AttributeError) as error:
-        raise UserError(f"torchaudio does not load beside torch {torch.__version__} ({type(error).__name__})"
-                        ': pip install "torch==2.11.*" "torchaudio==2.11.*"') from error
+    return load_package("torchaudio.functional", 'pip install "torch==2.11.*" "torchaudio==2.11.*"')
 
 
 @functools.lru_cache(maxsize=8)
@@ -1057,19 +1059,10 @@ def words_in(text):
     return re.findall(r"[\w']+", text.lower()) or ["<unk>"]
 
 
-def build_vocabulary(texts):
-    """The words of the training transcripts, sorted; ids 0 and 1 are padding and unknown."""
-    return ["<pad>", "<unk>", *sorted({word for text in texts for word in words_in(text)} - {"<unk>"})]
-
-
 def load_transformers():
     """The package, or a UserError that says how to go on without it."""
-    try:
-        import transformers
-        return transformers
-    except Exception as error:  # also when it was made for another torch
-        raise UserError(f"transformers cannot be imported ({type(error).__name__}): pip install transformers "
-                        "or go without: --run-models cnn,rnn,fusion_rnn") from error
+    return load_package("transformers", "pip install transformers or go without: "
+                        "--run-models cnn,rnn,fusion_rnn")
 
 
 @functools.lru_cache(maxsize=2)
@@ -1263,10 +1256,7 @@ class ResidualBlock(nn.Module):
 
 
 class AudioCNN(Encoder):
-    """A 2-D CNN on log-mel windows, four frequency bands kept apart, a GRU over time, attentive statistics.
-
-    Each window is standardised by itself, so that loudness says nothing.
-    """
+    """A 2-D CNN on log-mel windows, four bands of them kept apart, a GRU over time, attentive statistics."""
 
     inputs, step_width, width = ("mel",), 128, 256
 
@@ -1284,7 +1274,7 @@ class AudioCNN(Encoder):
     def sequence(self, batch):
         """mel (B, 1, M, T) -> steps (B, S, 128), S = T / 8, and their mask (B, S), all true."""
         deviation, mean = torch.std_mean(batch["mel"], dim=(2, 3), keepdim=True)
-        x = (batch["mel"] - mean) / (deviation + 1e-5)
+        x = (batch["mel"] - mean) / (deviation + 1e-5)  # each window by itself: loudness says nothing
         x = self.convolutions(x)  # (B, 1, M, T) -> (B, 128, M / 16, S)
         if x.shape[2] != 4:  # not 64 mel bands
             x = F.adaptive_avg_pool2d(x, (4, x.shape[3]))
@@ -1370,9 +1360,7 @@ class TextBERT(Encoder):
         output = self.encoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
         return output.last_hidden_state, batch["attention_mask"].bool()
 
-    def pool(self, steps, mask):
-        """(B, L, D) -> (B, D)."""
-        return masked_mean(steps, mask)
+    pool = staticmethod(masked_mean)  # (B, L, D) -> (B, D)
 
 
 # %% 13. Fusion
@@ -1469,23 +1457,22 @@ ROWS |= {f"{name}_{modality}": ModelRow(None, f"{row.stem}_{modality}_only", f"{
                                         "", (name,))
          for name, row in ROWS.items() if row.kind is EarlyFusion for modality in ("audio", "text")}
 MODELS = {name: row for name, row in ROWS.items() if row.kind}  # what is trained, parts first
-FILES = {"checkpoint": "{}_best.pth", "history": "histories/{}.csv", "predictions": "predictions/{}.csv"}
+FILES = {"history": "histories/{}.csv", "predictions": "predictions/{}.csv", "checkpoint": "{}_best.pth",
+         "state": "{}_training.pth",  # of a training that is not finished
+         "weights": "{}.json", "out_of_fold": "predictions/{}_out_of_fold.csv"}
+RESULTS = "history", "predictions", "checkpoint"  # what a training leaves, in this order
+TRAIN_AGAIN = "train it again with --phase all, or name another --output-dir"
 
 
 def file_of(cfg, kind, name):
-    """The path of a row's checkpoint, history or predictions."""
+    """The path of one of a row's FILES."""
     return Path(cfg.output_dir, FILES[kind].format(ROWS[name].stem))
-
-
-def kinds_of_fusion(cfg):
-    """What the names of the early fusion rows that FUSION asks for begin with."""
-    return {"concat": ["fusion"], "attention": ["attention"], "both": ["fusion", "attention"]}[cfg.fusion]
 
 
 def models_asked(cfg):
     """The names of the models that RUN_MODELS and FUSION ask for, parts first."""
-    asked, kinds = names_in(cfg.run_models), kinds_of_fusion(cfg)
-    names = {name.replace("fusion", kind) for name in asked for kind in kinds}
+    names = {name.replace("fusion", kind) for name in names_in(cfg.run_models)
+             for kind in FUSION_KINDS[cfg.fusion]}
     return [name for name in MODELS if name in names]
 
 
@@ -1516,8 +1503,8 @@ def build_model(name, clips, cfg, device):
         spec |= {"config": config, "tokenizer": tokenizer, "max_tokens": cfg.max_tokens}
         weights = {"encoder": pretrained}
     elif name == "rnn":
-        vocabulary = build_vocabulary(clips.loc[clips["split"] == "train", "transcript"])
-        spec |= {"vocabulary": vocabulary, "max_tokens": cfg.max_tokens}
+        words = set(words_in(" ".join(clips.loc[clips["split"] == "train", "transcript"]))) - {"<unk>"}
+        spec |= {"vocabulary": ["<pad>", "<unk>", *sorted(words)], "max_tokens": cfg.max_tokens}
     elif row.parts:
         parts = {part: restore_model(file_of(cfg, "checkpoint", part)) for part in row.parts}
         spec |= {"parts": {part: trained.spec for part, trained in parts.items()},
@@ -1723,8 +1710,8 @@ def read_checkpoint(path):
             raise ValueError("not written by this script")
         return checkpoint
     except Exception as error:  # missing, truncated, foreign and hostile files raise many kinds
-        raise UserError(f"{path} is not a usable checkpoint ({type(error).__name__}): train it again with "
-                        "--phase all, or name another --output-dir") from error
+        reason = f"is not a usable checkpoint ({type(error).__name__})"
+        raise UserError(f"{path} {reason}: {TRAIN_AGAIN}") from error
 
 
 def restore_model(path):
@@ -1734,8 +1721,7 @@ def restore_model(path):
         model = MODELS[checkpoint["model"]].kind(**checkpoint["spec"])
         model.load_state_dict(checkpoint["weights"])
     except (KeyError, RuntimeError, TypeError) as error:
-        raise UserError(f"{path} was made by another version of this script: train it again with "
-                        "--phase all, or name another --output-dir") from error
+        raise UserError(f"{path} was made by another version of this script: {TRAIN_AGAIN}") from error
     return model.eval()
 
 
@@ -1770,18 +1756,15 @@ def differences(old, new):
 
 def out_of_date(cfg, name, clips=None):
     """Why a model must be trained, in words; "" when its files can be reused as they are."""
-    paths = [file_of(cfg, kind, name) for kind in FILES]
-    if not all(path.exists() for path in paths):
-        return "not trained yet" if not paths[0].exists() else "its history or predictions are missing"
+    *others, checkpoint = (file_of(cfg, kind, name) for kind in RESULTS)
+    if not checkpoint.exists():
+        return "not trained yet"
+    if not all(path.exists() for path in others):
+        return "its history or predictions are missing"
     try:
-        return differences(read_checkpoint(paths[0])["fingerprint"], fingerprint(cfg, name, clips))
+        return differences(read_checkpoint(checkpoint)["fingerprint"], fingerprint(cfg, name, clips))
     except UserError as error:
         return str(error)
-
-
-def state_file(cfg, name):
-    """The path of the state of an unfinished training."""
-    return Path(cfg.output_dir, f"{ROWS[name].stem}_training.pth")
 
 
 def train_model(name, clips, cfg, device):
@@ -1796,7 +1779,7 @@ def train_model(name, clips, cfg, device):
     fixed = {split: ClipDataset(part, model, cfg, device) for split, part in parts.items()}
     size = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"\n{ROWS[name].title}: {size:,} trained parameters, {len(train)} clips", flush=True)
-    mark, state = fingerprint(cfg, name, clips), state_file(cfg, name)
+    mark, state = fingerprint(cfg, name, clips), file_of(cfg, "state", name)
     model, history = fit(model, train, fixed["validation"], settings, device, state,
                          mark | {"device": f"{device} {training_precision(device)}"})
     logits = {split: predict(model, dataset) for split, dataset in fixed.items()}
@@ -1846,7 +1829,7 @@ def versions():
 # %% 15. Evaluation: rows made of others, figures, intervals
 def rows_of(cfg):
     """The names of the rows that these settings ask for."""
-    other = {"fusion", "attention"}.difference(kinds_of_fusion(cfg))
+    other = set(FUSION_KINDS["both"]).difference(FUSION_KINDS[cfg.fusion])
     return [name for name in ROWS if ("views" not in name or cfg.test_views > 1)
             and ("ensemble" not in name or cfg.runs > 1) and name.split("_")[0] not in other]
 
@@ -1884,26 +1867,25 @@ def fit_fusion_weights(logs, labels):
 
 def combine_late(name, cfg):
     """Late fusion as a predictions table: the mean of two rows' probabilities, or with learned weights."""
-    tables = [read_predictions(cfg, part) for part in ROWS[name].parts]
-    probabilities, table = np.stack(list(map(probabilities_of, tables))), tables[-1]  # (P, N, C)
-    weights = None
+    parts = ROWS[name].parts
+    tables = [read_predictions(cfg, part) for part in parts]
+    probabilities, table = [probabilities_of(table) for table in tables], tables[-1]
     if name.startswith("learned"):
         held_out = (table["split"] == "validation").to_numpy()
-        logs = np.log(probabilities[:, held_out].clip(1e-7))
+        logs = np.log(np.stack(probabilities)[:, held_out].clip(1e-7))
         weights = fit_fusion_weights(logs, labels_of(table)[held_out]).tolist()
-        save(weights_path(name, cfg), dict(zip(ROWS[name].parts, weights)))
-    return with_probabilities(table, fuse_late(probabilities, weights))
+        save(file_of(cfg, "weights", name), dict(zip(parts, weights)))
+    return with_probabilities(table, fuse_late(name, dict(zip(parts, probabilities)), cfg))
 
 
-def fuse_late(probabilities, weights=None):
-    """Probabilities (P, N, C) joined by weights (P,) of their logarithms, else their mean: (N, C)."""
-    return (probabilities.mean(axis=0) if weights is None else
-            softmax(np.tensordot(weights, np.log(probabilities.clip(1e-7)), 1), axis=1))
-
-
-def weights_path(name, cfg):
-    """Where the weights of learned late fusion lie."""
-    return Path(cfg.output_dir, f"{ROWS[name].stem}.json")
+def fuse_late(name, found, cfg):
+    """The mean of the probabilities (N, C) `found` of a row's parts, or softmax of weighted logarithms."""
+    parts = ROWS[name].parts
+    probabilities = np.stack([found[part] for part in parts])  # (P, N, C)
+    if not name.startswith("learned"):
+        return probabilities.mean(axis=0)
+    weights = read_back(file_of(cfg, "weights", name))
+    return softmax(np.tensordot([weights[part] for part in parts], np.log(probabilities.clip(1e-7)), 1), 1)
 
 
 def answer_anew(name, clips, cfg, device):
@@ -1948,7 +1930,7 @@ def pooled(name, runs, tables):
     for cfg, clips in zip(runs, tables):
         traits = clips.filter(["clip", "actor", "transcript", "intensity", "sex"])
         part = read_predictions(cfg, name).drop(columns="actor").merge(traits, on="clip")
-        part = part.replace({"intensity": {1: "normal intensity", 2: "strong intensity"}})
+        part = part.replace({"intensity": INTENSITIES})
         parts.append(part.assign(fold=int(cfg.folds), seed=cfg.seed))
     return pd.concat(parts).sort_values(["seed", "clip"], ignore_index=True)
 
@@ -2038,7 +2020,7 @@ def evaluate(runs, tables, reasons, audit, cfg):
             draws[name, by_sentence] = weighted_uar(weights, test)
         rows[name] |= figures_of(table, draws[name, oracle], unseen)
         if len(runs) > 1:
-            save_table(folder / "predictions" / f"{ROWS[name].stem}_out_of_fold.csv", test, cfg)
+            save_table(file_of(cfg, "out_of_fold", name), test, cfg)
     pairs = []
     for first, second in itertools.combinations(tests, 2):
         oracle = reads_oracle(first, cfg) or reads_oracle(second, cfg)
@@ -2078,8 +2060,14 @@ def result_tables(figures, several):
             lines.append({"model": row["title"]} | line)
     if not several:
         tables.popitem()
-    missing = [{"model": rows["both"]["title"]} | {kind: f"{row['uar']:.1%}" for kind, row in rows.items()}
-               for rows in map(functools.partial(with_one_missing, figures=figures), figures["rows"]) if rows]
+    rows, missing = figures["rows"] | figures["alone"], []
+    for name in figures["rows"]:
+        parts = ROWS[name].parts
+        if len(parts) == 2 and rows[name]["status"] == "run":
+            names = [name, *([f"{name}_audio", f"{name}_text"] if ROWS[name].kind else parts)]  # late: parts
+            missing.append({"model": rows[name]["title"]} | {
+                kind: f"{rows[key]['uar']:.1%}"
+                for kind, key in zip(("both", "audio only", "text only"), names)})
     tables |= {"Test UAR with one modality missing": missing} if missing else {}
     return {name: pd.DataFrame(lines).fillna("-") for name, lines in tables.items()}
 
@@ -2092,18 +2080,6 @@ def test_cells(row):
             "ECE": f"{test['ece']:.3f}", "ECE if perfect": f"{row['ece_if_perfect']:.3f}"}
 
 
-def with_one_missing(name, figures):
-    """The rows of a fused model's answers: both, audio only, text only; late fusion falls back on its parts.
-
-    Empty for models that are not fused or did not run.
-    """
-    rows, parts = figures["rows"] | figures["alone"], ROWS[name].parts
-    if len(parts) < 2 or rows[name]["status"] != "run":
-        return {}
-    names = [f"{name}_audio", f"{name}_text"] if ROWS[name].kind else parts
-    return {"both": rows[name], "audio only": rows[names[0]], "text only": rows[names[1]]}
-
-
 # %% 16. Plots
 def plot_path(name, cfg):
     """Where a plot lies."""
@@ -2114,13 +2090,15 @@ def plot_paths(rows, cfg):
     """The plots of a finished run, in the order of the report; those of the data first."""
     names = ["class_counts", "samples", *(["training_curves", "comparison", "reliability"] if rows else [])]
     names += ["cross_validation"] if rows and len(runs_of(cfg)) > 1 else []
-    names += [f"confusion_{ROWS[name].stem}" for name in rows if rows[name]["status"] == "run"]
+    names += [f"confusion_{ROWS[name].stem}" for name in rows]
     return [plot_path(name, cfg) for name in names]
 
 
 def save_figure(figure, name, cfg):
-    """Save a figure under a name or path with its marks below, show it in a notebook, close it."""
+    """Save a figure under a name or path with its marks below, show it in a notebook, close it: its path."""
     figure.supxlabel("; ".join(marks(cfg)), fontsize=8, color="firebrick")
+    for axis in (axis for axis in figure.axes if not axis.has_data()):
+        axis.set_axis_off()
     path = name if isinstance(name, Path) else plot_path(name, cfg)
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=120)
@@ -2128,6 +2106,7 @@ def save_figure(figure, name, cfg):
         from IPython.display import Image, display
         display(Image(filename=str(path)))
     plt.close(figure)
+    return path
 
 
 def plot_counts(clips, cfg):
@@ -2136,8 +2115,8 @@ def plot_counts(clips, cfg):
     sns.countplot(clips, x="emotion", hue="split", order=classes_of(clips), hue_order=SPLITS, ax=axis)
     for bars in axis.containers:
         axis.bar_label(bars, fontsize=8)
-    split = "random split" if cfg.split == "random" else f"fold {names_in(cfg.folds)[0]}"
-    axis.set(title=f"Clips per emotion, {len(clips)} in all, {split}", xlabel="", ylabel="clips")
+    title = f"Clips per emotion, {len(clips)} in all, {title_of_split(cfg).lower()}"
+    axis.set(title=title, xlabel="", ylabel="clips")
     axis.legend(title="", loc="upper left", bbox_to_anchor=(1, 1))
     save_figure(figure, "class_counts", cfg)
 
@@ -2162,14 +2141,12 @@ def plot_samples(clips, cfg):
         spectrogram.set_xlabel("seconds")
     for axis, label in zip(axes[:, 0], ("amplitude", "mel band") * lines):
         axis.set_ylabel(label)
-    for axis in (axis for axis in axes.flat if not axis.has_data()):
-        axis.set_axis_off()
     save_figure(figure, "samples", cfg)
 
 
 def plot_curves(rows, cfg):
     """Loss and accuracy by epoch of every model that was trained, the mean of all runs."""
-    names = [name for name in MODELS if name in rows and rows[name]["status"] == "run"]
+    names = [name for name in MODELS if name in rows]
     size = (max(5, 3.2 * len(names)), 5.6)
     figure, axes = plt.subplots(2, len(names), figsize=size, layout="constrained", squeeze=False)
     for name, pair in zip(names, axes.T):
@@ -2198,7 +2175,7 @@ def plot_confusion(name, row, cfg):
         axis.tick_params(axis="x", rotation=45)
         axis.tick_params(axis="y", rotation=0)
     figure.suptitle("{title}: test accuracy {accuracy:.1%}, UAR {uar:.1%}".format(**row["test"] | row))
-    save_figure(figure, f"confusion_{ROWS[name].stem}", cfg)
+    return save_figure(figure, f"confusion_{ROWS[name].stem}", cfg)
 
 
 def draw_comparison(axis, rows, several):
@@ -2225,50 +2202,46 @@ def plot_comparison(rows, several, cfg):
     """All rows beside each other."""
     figure, axis = plt.subplots(figsize=(9.5, 1 + 0.55 * len(rows)), layout="constrained")
     draw_comparison(axis, rows, several)
-    save_figure(figure, "comparison", cfg)
+    return save_figure(figure, "comparison", cfg)
 
 
 def plot_reliability(rows, cfg):
     """How often each row is right on test clips, by its confidence; calibrated rows lie on the diagonal."""
-    figure, axes = plt.subplots(-(-len(rows) // 4), 4, figsize=(13, 3.2 * -(-len(rows) // 4)),
-                                layout="constrained", sharex=True, sharey=True, squeeze=False)
-    for axis, row in itertools.zip_longest(axes.flat, rows.values()):
-        if row is None:
-            axis.set_axis_off()
-            continue
-        counts, confidence, right = np.array(row["test"]["reliability"])
-        some = counts > 0
+    lines = -(-len(rows) // 4)
+    figure, axes = plt.subplots(lines, 4, figsize=(13, 3.2 * lines), layout="constrained", sharex=True,
+                                sharey=True, squeeze=False)
+    for axis, row in zip(axes.flat, rows.values()):
+        bins = np.array(row["test"]["reliability"])
+        counts, confidence, right = bins[:, bins[0] > 0]
         axis.plot([0, 1], [0, 1], color="firebrick", linestyle="--", linewidth=1)
-        axis.plot(confidence[some] / counts[some], right[some] / counts[some], "-", color="steelblue")
-        axis.scatter(confidence[some] / counts[some], right[some] / counts[some],
-                     4 + 200 * counts[some] / counts.sum(), color="steelblue")
+        axis.plot(confidence / counts, right / counts, "-", color="steelblue")
+        axis.scatter(confidence / counts, right / counts, 4 + 200 * counts / counts.sum(), color="steelblue")
         axis.set_title(f"{row['title']}\nECE {row['test']['ece']:.3f}", fontsize=9)
         axis.set_xlabel("confidence", fontsize=8)
         axis.tick_params(labelbottom=True)
     figure.supylabel("share of right answers (area: share of clips)", fontsize=9)
-    save_figure(figure, "reliability", cfg)
+    return save_figure(figure, "reliability", cfg)
 
 
 def plot_cross_validation(rows, pairs, cfg):
     """One page: UAR with intervals, recall by emotion, UAR by actor, and the differences between rows."""
     figure, axes = plt.subplots(4, 1, figsize=(11, 5 + 1.5 * len(rows)), layout="constrained")
-    titles, share = [row["title"] for row in rows.values()], {"annot": True, "cmap": "Blues", "cbar": False}
     draw_comparison(axes[0], rows, True)
+    titles, actors = zip(*((row["title"], row["by_actor"]) for row in rows.values()))
     recalls = [{emotion: figures["recall"] for emotion, figures in row["test"]["per_class"].items()}
                for row in rows.values()]
-    sns.heatmap(100 * pd.DataFrame(recalls, titles), ax=axes[1], fmt=".0f", **share)
-    sns.heatmap(100 * pd.DataFrame([row["by_actor"] for row in rows.values()], titles), ax=axes[2],
-                fmt=".0f", **share)
+    for axis, title, shares in zip(axes[1:], ("Recall by emotion", "UAR by actor"), (recalls, actors)):
+        shares = 100 * pd.DataFrame(shares, titles)
+        sns.heatmap(shares, annot=True, fmt=".0f", cmap="Blues", cbar=False, ax=axis)
+        axis.set(title=f"{title} in %")
     gaps, texts = (pd.DataFrame(fill, list(rows), list(rows)) for fill in (0.0, ""))
-    for pair in (pair for pair in pairs if pair["row"] in rows and pair["against"] in rows):
+    for pair in pairs:
         star = "*" * (pair["difference_low"] > 0 or pair["difference_high"] < 0)
         for sign, cell in ((1, (pair["row"], pair["against"])), (-1, (pair["against"], pair["row"]))):
             gaps.loc[cell] = 100 * sign * pair["difference"]
             texts.loc[cell] = f"{gaps.loc[cell]:+.1f}{star}"
     sns.heatmap(gaps, annot=texts, fmt="", cmap="RdBu", center=0, cbar=False, ax=axes[3],
                 yticklabels=titles)
-    axes[1].set(title="Recall by emotion in %")
-    axes[2].set(title="UAR by actor in %")
     axes[3].set(title="Difference in pooled UAR, row minus column (*: its paired 95 % interval leaves out 0)")
     axes[3].set_xticklabels(titles, rotation=30, ha="right")
     save_figure(figure, "cross_validation", cfg)
@@ -2276,7 +2249,9 @@ def plot_cross_validation(rows, pairs, cfg):
 
 # %% 17. Report
 REPORT = "emotion_recognition_report.docx"
-docx_advice = "pip install python-docx, then --phase report makes it"
+DOCX_ADVICE = "pip install python-docx, then --phase report makes it"
+
+
 def meaning(cfg, classes):
     """What the figures mean, and what they do not, as sentences."""
     foreign = cfg.phase == "evaluate"
@@ -2348,17 +2323,15 @@ def write_document(path, title, sections, cfg):
         document.save(temporary)
 
 
-def write_report(figures, study, cfg):
-    """Write the report as .docx from what the other stages left; needs no model."""
-    rows, several = figures["rows"], len(runs_of(cfg)) > 1
-    ran = {name: row for name, row in rows.items() if row["status"] == "run"}
-    best = max(ran, key=lambda name: ran[name]["validation"]["uar"])
-    shown = [name for name in ran if name in ("cnn", best)]
+def write_report(figures, rows, study, cfg):
+    """Write the report as .docx from what the other stages left, the figures of `rows` that ran above all."""
+    several, best = len(runs_of(cfg)) > 1, max(rows, key=lambda name: rows[name]["validation"]["uar"])
+    shown = [name for name in rows if name in ("cnn", best)]
     groups = [{"model": row["title"]} | {group: f"{uar:.1%}" for group, uar in row["groups"]["test"].items()}
-              for row in ran.values()]
+              for row in rows.values()]
     sections = {"Summary": [
         *("{title}: {uar:.1%} UAR, {accuracy:.1%} accuracy on {clips} test predictions{note}.".format(
-            note=" (best row on validation)" if name == best else "", **ran[name]["test"] | ran[name])
+            note=" (best row on validation)" if name == best else "", **rows[name]["test"] | rows[name])
           for name in shown), *(f"Mind: {mark}." for mark in figures["marks"])],
         "Data and split": figures["audit"],
         **{heading: [table] for heading, table in result_tables(figures, several).items()}}
@@ -2373,16 +2346,15 @@ def write_report(figures, study, cfg):
             f"{figures['unseen_actors'] or 'none'}."]
         sections["Paired differences in pooled UAR, in points, with their 95 % intervals"] = [pd.DataFrame([
             {"row": rows[pair["row"]]["title"], "against": rows[pair["against"]]["title"],
-             "difference": points(pair, "difference")}
-            for pair in figures["pairs"] if pair["row"] in rows and pair["against"] in rows])]
+             "difference": points(pair, "difference")} for pair in figures["pairs"]])]
     if study is not None:
         sections["How reliable must words be before fusion helps?"] = study_section(study, cfg)
     if len(groups[0]) > 1:
         sections["Test UAR by intensity and sex"] = [pd.DataFrame(groups)]
-    for name in shown:
-        by_emotion = pd.DataFrame(ran[name]["test"]["per_class"]).T.round(3).rename_axis("emotion")
-        sections[f"{ran[name]['title']}: test results by emotion, and the most confident mistakes"] = [
-            by_emotion.reset_index(), pd.DataFrame(ran[name]["mistakes"])]
+    for row in (rows[name] for name in shown):
+        by_emotion = pd.DataFrame(row["test"]["per_class"]).T.round(3).rename_axis("emotion")
+        sections[f"{row['title']}: test results by emotion, and the most confident mistakes"] = [
+            by_emotion.reset_index(), pd.DataFrame(row["mistakes"])]
     write_document(Path(cfg.output_dir, REPORT), "Speech emotion recognition: report", sections | {
         "Plots": plot_paths(rows, cfg),
         "What the figures mean, and what they do not": meaning(cfg, figures["classes"]),
@@ -2397,17 +2369,17 @@ STUDY = "study.csv"
 
 def study_settings(cfg):
     """`cfg` itself, then in --phase study a copy for each other share of SENTENCE_NOISE, with its folder."""
-    def at(noise):
-        """The settings of one share; its folder is that of a run of its own."""
+    levels = [cfg]
+    for noise in sorted({*NOISES} - {cfg.sentence_noise}) if cfg.phase == "study" else ():
         named = {"phase": "all", "sentence_noise": noise, "output_dir": f"{cfg.output_dir}/noise_{noise}"}
-        return SimpleNamespace(**vars(cfg) | named | {"given": sorted({*cfg.given, *named})})
-    return [cfg, *(at(noise) for noise in NOISES if cfg.phase == "study" and noise != cfg.sentence_noise)]
+        levels.append(SimpleNamespace(**vars(cfg) | named | {"given": sorted({*cfg.given, *named})}))
+    return levels
 
 
 def share_audio(source, target):
     """Copy the AudioCNN of one level's runs to those of another: noise in the words does not concern it."""
     for run, other in zip(runs_of(source), runs_of(target)):
-        for kind in reversed(FILES) if out_of_date(other, "cnn") and not out_of_date(run, "cnn") else ():
+        for kind in RESULTS if out_of_date(other, "cnn") and not out_of_date(run, "cnn") else ():
             save(file_of(other, kind, "cnn"), file_of(run, kind, "cnn").read_bytes())  # the checkpoint last
 
 
@@ -2424,20 +2396,20 @@ def study_table(levels):
         gaps = {(pair["row"], pair["against"]): [pair[f"difference{end}"] for end in ("", "_low", "_high")]
                 for pair in figures["pairs"]}
         gaps |= {(second, first): (-gap, -high, -low) for (first, second), (gap, low, high) in gaps.items()}
-        for text in {"rnn", "bert"}.intersection(rows):
-            for name in rows:
-                if name == "cnn" or text in name.split("_"):
-                    row, line = rows[name], {"noise": cfg.sentence_noise, "text_model": ROWS[text].title}
-                    line |= {"row": name, "title": ROWS[name].title, "text_uar": rows[text]["uar"],
-                             "uar": row["uar"], "low": row["interval"][0], "high": row["interval"][1],
-                             "sd_folds": row["spread"]["folds"], "ece": row["test"]["ece"],
-                             "nll": row["test"]["nll"], "chance": 1 / len(row["test"]["per_class"])}
-                    for key, other in (("audio", "cnn"), ("text", text), ("mean", f"late_{text}")):
-                        for end, value in zip(("", "_low", "_high"), gaps.get((name, other), [math.nan] * 3)):
-                            line[f"minus_{key}{end}"] = value
-                    lines.append(line)
+        texts = [text for text in ("rnn", "bert") if {text, "cnn"} <= set(rows)]
+        for text, (name, row) in itertools.product(texts, rows.items()):
+            if name == "cnn" or text in name.split("_"):
+                line = {"noise": cfg.sentence_noise, "text_model": ROWS[text].title, "row": name,
+                        "title": ROWS[name].title, "text_uar": rows[text]["uar"], "uar": row["uar"],
+                        "low": row["interval"][0], "high": row["interval"][1],
+                        "sd_folds": row["spread"]["folds"], "ece": row["test"]["ece"],
+                        "nll": row["test"]["nll"], "chance": 1 / len(row["test"]["per_class"])}
+                for key, other in (("audio", "cnn"), ("text", text), ("mean", f"late_{text}")):
+                    ends = (f"minus_{key}", f"minus_{key}_low", f"minus_{key}_high")
+                    line |= zip(ends, gaps.get((name, other), [math.nan] * 3))
+                lines.append(line)
     if not lines:
-        raise UserError("--phase study compares words with sound: add rnn or bert to --run-models")
+        raise UserError("--phase study compares words with sound: add cnn and rnn or bert to --run-models")
     return pd.DataFrame(lines).sort_values(["text_model", "noise"], kind="stable", ignore_index=True)
 
 
@@ -2528,8 +2500,6 @@ def read_any(path):
     try:
         return read_audio(path)
     except AudioError as error:
-        import warnings
-
         import librosa
         try:
             with warnings.catch_warnings():
@@ -2557,14 +2527,15 @@ class Predictor:
     """
 
     def __init__(self, output_dir="outputs", device="cpu"):
-        self.folder, self.device, self.loaded = SimpleNamespace(output_dir=output_dir), device, {}
-        runs = sorted(Path(output_dir).glob("fold_*_seed_*"))
-        if runs and not file_of(self.folder, "checkpoint", "cnn").exists():
+        folder = SimpleNamespace(output_dir=output_dir)
+        path, runs = file_of(folder, "checkpoint", "cnn"), sorted(Path(output_dir).glob("fold_*_seed_*"))
+        if runs and not path.exists():
             raise UserError(f"{output_dir} holds several runs: name one of them, --output-dir {runs[0]}")
-        self.checkpoint = checkpoint = read_checkpoint(file_of(self.folder, "checkpoint", "cnn"))
-        self.classes, self.cfg = checkpoint["classes"], SimpleNamespace(**checkpoint["config"], notes=[])
+        self.checkpoint, self.device, self.loaded = read_checkpoint(path), device, {}
+        self.classes = self.checkpoint["classes"]
+        self.cfg = SimpleNamespace(**self.checkpoint["config"] | vars(folder), notes=[])
         self.heard = SimpleNamespace(**vars(self.cfg) | {"use_simulated_sentences": False})  # for marks
-        self.trained = [name for name in MODELS if file_of(self.folder, "checkpoint", name).exists()]
+        self.trained = [name for name in MODELS if file_of(folder, "checkpoint", name).exists()]
         self.load("cnn")
 
     def predict(self, recording, sampling_rate=None, text=None):
@@ -2582,11 +2553,10 @@ class Predictor:
     def load(self, name):
         """(model, temperature), read once."""
         if name not in self.loaded:
-            path = file_of(self.folder, "checkpoint", name)
+            path = file_of(self.cfg, "checkpoint", name)
             checkpoint = read_checkpoint(path)
             if checkpoint["classes"] != self.classes:
-                raise UserError(f"{path} knows other emotions than AudioCNN beside it: train it again with "
-                                "--phase all, or name another --output-dir")
+                raise UserError(f"{path} knows other emotions than AudioCNN beside it: {TRAIN_AGAIN}")
             self.loaded[name] = restore_model(path).to(self.device), checkpoint["temperature"]
         return self.loaded[name]
 
@@ -2622,17 +2592,14 @@ class Predictor:
                 model, temperature = self.load(name)
                 dataset = ClipDataset(windows, model, self.cfg, self.device)
                 found[name] = (predict(model, dataset) / temperature).softmax(dim=1).numpy()
-                continue
-            weights = read_back(weights_path(name, self.folder)) if name.startswith("learned") else None
-            found[name] = fuse_late(np.stack([found[part] for part in ROWS[name].parts]),
-                                    weights and [weights[part] for part in ROWS[name].parts])
+            else:
+                found[name] = fuse_late(name, found, self.cfg)
         return found
 
     def rows(self):
         """The names of the rows that can answer when there is a text, AudioCNN first."""
-        late = [name for name, row in ROWS.items() if name.startswith(("late_", "learned_"))
-                and set(row.parts) <= set(self.trained)
-                and (name.startswith("late_") or weights_path(name, self.folder).exists())]
+        late = [name for name, row in ROWS.items() if set(row.parts) <= set(self.trained) and (
+                name.startswith("late") or file_of(self.cfg, "weights", name).exists())]
         return [*self.trained, *late]
 
     def summarize(self, windows, text=None):
@@ -2660,8 +2627,10 @@ class Predictor:
 
 def words_of(path, predictor, cfg):
     """What is said in a recording, None if nothing is known, and where that comes from."""
-    if cfg.text or len(predictor.trained) == 1:
-        return (cfg.text, "--text") if len(predictor.trained) > 1 else (None, "no trained model reads words")
+    if len(predictor.trained) == 1:
+        return None, "no trained model reads words"
+    if cfg.text:
+        return cfg.text, "--text"
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "whisper")
     if not (Path(cfg.whisper_model).is_file() or (cache / f"{cfg.whisper_model}.pt").exists()):
         return None, "no --text, and no weights of Whisper here: audio alone"
@@ -2808,7 +2777,7 @@ def write_demo_encoder(folder):
     import tokenizers
     if Path(folder, "model.safetensors").exists():
         return
-    words = sorted({word for texts in sentence_bank().values() for text in texts for word in words_in(text)})
+    words = sorted(set(words_in(" ".join(itertools.chain(*sentence_bank().values())))))
     special = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
     ids = {token: index for index, token in enumerate([*special.values(), *".,?!'", *words])}
     tokenizer = tokenizers.BertWordPieceTokenizer(ids, lowercase=True)._tokenizer
@@ -2874,12 +2843,11 @@ def check_needs(runs, names, cfg):
     encoders = sum("bert" in name for _, name in todo)  # that checkpoints hold; a training's state has four
     size = sum(p.numel() for p in load_text_encoder(cfg.bert_model)[2].parameters()) if encoders else 0
     if importlib.util.find_spec("docx") is None:
-        print(f"The .docx will be left out: {docx_advice}")
-    folder = Path(cfg.output_dir)
-    save(folder / "cache" / "writable.key", b"")
-    free, need = shutil.disk_usage(folder).free / 1e9, 0.3 + 5e-9 * size * (encoders + 8)  # 4 bytes each
+        print(f"The .docx will be left out: {DOCX_ADVICE}")
+    free, need = shutil.disk_usage(cfg.output_dir).free / 1e9, 0.3 + 5e-9 * size * (encoders + 8)  # 4 bytes
     if free < need:
-        raise UserError(f"{folder} has {free:.1f} GB left of {need:.1f} needed: name another --output-dir")
+        raise UserError(f"{cfg.output_dir} has {free:.1f} GB left of {need:.1f} needed: name another "
+                        "--output-dir")
 
 
 def epoch_seconds(name, clips, cfg, device, trained):
@@ -2909,7 +2877,7 @@ def plan_training(clips, names, cfg, device, following=0):
             old = read_checkpoint(file_of(cfg, "checkpoint", name))
         before = f"{old['epochs']} epochs, validation UAR {old['scores']['uar']:.1%}" if old else ""
         if name not in todo:
-            state_file(cfg, name).unlink(missing_ok=True)  # of a training that was killed in its last moment
+            file_of(cfg, "state", name).unlink(missing_ok=True)  # of a training killed in its last moment
             print(f"  {ROWS[name].title:24} reused ({before})")
             continue
         for part in MODELS[name].parts or [name]:
@@ -2959,7 +2927,7 @@ def report_phase(cfg):
     for run, name in itertools.product(runs_of(cfg), MODELS):
         if name in rows:
             read_checkpoint(file_of(run, "checkpoint", name))
-
+    figures["pairs"] = [pair for pair in figures["pairs"] if {pair["row"], pair["against"]} <= set(rows)]
     study = read_study(rows, cfg)
 
     def make():
@@ -2967,7 +2935,7 @@ def report_phase(cfg):
         several = len(runs_of(cfg)) > 1
         if study is not None:
             plot_study(study, cfg)
-        plot_curves(figures["rows"], cfg)
+        plot_curves(rows, cfg)
         plot_comparison(rows, several, cfg)
         plot_reliability(rows, cfg)
         if several:
@@ -2975,10 +2943,10 @@ def report_phase(cfg):
         for name, row in rows.items():
             plot_confusion(name, row, cfg)
         if with_docx:
-            write_report(figures, study, cfg)
+            write_report(figures, rows, study, cfg)
     key = digest(figures["rows"], saved, with_docx, "" if study is None else study.to_csv())
     reuse("report", key, plot_paths(rows, cfg) + [document] * with_docx, cfg, make)
-    print(f"Report: {document}" if with_docx else f"{document} is left out: {docx_advice}")
+    print(f"Report: {document}" if with_docx else f"{document} is left out: {DOCX_ADVICE}")
 
 
 def experiment(clips, audit, names, cfg, device):
@@ -3053,18 +3021,15 @@ def report_foreign(figures, cfg):
         if row["status"] == "run" else {"note": row["status"]}) for row in figures["rows"].values()])
     table = table.fillna("-")
     print(f"\nTest ({'; '.join(marks(cfg))})\n{table.to_string(index=False)}")
-    plot_comparison(ran, False, cfg)
-    plot_reliability(ran, cfg)
-    for name, row in ran.items():
-        plot_confusion(name, row, cfg)
-    plots = ["comparison", "reliability", *(f"confusion_{ROWS[name].stem}" for name in ran)]
+    plots = [plot_comparison(ran, False, cfg), plot_reliability(ran, cfg),
+             *(plot_confusion(name, row, cfg) for name, row in ran.items())]
     path = Path(cfg.output_dir, REPORT)
     if importlib.util.find_spec("docx") is not None:
         write_document(path, f"Speech emotion recognition: {Path(cfg.manifest).name}", {
-            "Data": figures["audit"], "Test": [table], "Plots": [plot_path(name, cfg) for name in plots],
+            "Data": figures["audit"], "Test": [table], "Plots": plots,
             "What the figures mean, and what they do not": meaning(cfg, figures["classes"]),
             "How to repeat this": [figures["command"], str(figures["versions"])]}, cfg)
-    print(f"Report: {path}" if path.exists() else f"{path} is left out: {docx_advice}")
+    print(f"Report: {path}" if path.exists() else f"{path} is left out: {DOCX_ADVICE}")
 
 
 @contextlib.contextmanager

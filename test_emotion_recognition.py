@@ -1059,6 +1059,12 @@ def test_the_study_trains_the_words_anew_at_every_noise_and_resumes(copied, trai
     assert "How reliable must words be" not in text
 
 
+def test_a_study_needs_sound_to_compare_words_with():
+    er.save(Path("outputs/metrics.json"), {"rows": {"rnn": {"uar": 0.5}}, "alone": {}, "pairs": []})
+    with pytest.raises(er.UserError, match="add cnn and rnn or bert to --run-models"):
+        er.study_table([config()])
+
+
 def study_of(noise, text_uar, **uars):
     """Lines of a study with TextRNN, sound at 60 %, every interval 4 points wide."""
     rows = {"cnn": 0.6, "rnn": text_uar} | uars
@@ -1357,6 +1363,12 @@ def test_a_manifest_has_its_own_emotions_those_of_ravdess_first_then_by_alphabet
     assert clips["actor"].tolist() == [7, 7, 7, 12] and list(audit["left_out"]) == [str(Path("/no/e.wav"))]
 
 
+@pytest.mark.parametrize("name", ["start", "Voiced", "note", "model", "error", "fold"])
+def test_no_emotion_is_called_like_a_column_of_an_answer(name):
+    with pytest.raises(er.UserError, match=r"line 3: .* name of a column"):
+        er.index_manifest(manifest("a.wav,sad,1,train", f"b.wav,{name},1,train"))
+
+
 def test_paths_of_a_manifest_start_in_its_folder():
     touch("deep", "sound/a.wav", "sound/b.wav")
     manifest("sound/a.wav,happy", f"{Path.cwd() / 'deep/sound/b.wav'},sad", header="path,emotion",
@@ -1390,7 +1402,7 @@ def test_a_manifest_is_split_by_speaker(fold):
 
 @pytest.mark.parametrize(("second", "split", "shared"), [
     ("2", "manifest", ""), ("1", "shared", "1 actors stand in several splits")])
-def test_a_split_of_the_manifest_is_kept_and_shared_speakers_are_counted(second, split, shared):
+def test_a_split_of_the_manifest_is_kept_and_shared_speakers_are_counted(second, split, shared, monkeypatch):
     lines = [f"{emotion}{place}.wav,{emotion},{speaker},{name}" for emotion in ("sad", "odd")
              for place, (speaker, name) in enumerate((("1", "train"), (second, "Test"), ("3", "validation")))]
     clips, _ = er.index_manifest(manifest(*lines))
@@ -1402,6 +1414,10 @@ def test_a_split_of_the_manifest_is_kept_and_shared_speakers_are_counted(second,
     assert cfg.split == split and sentence.startswith("Split of the manifest: train 2 clips of actors 1; ")
     assert shared in sentence if shared else "stand in" not in sentence
     assert ("speakers shared" in str(er.marks(cfg))) == bool(shared)
+    titles = []
+    monkeypatch.setattr(er, "save_figure", lambda figure, *_: titles.append(figure.axes[0].get_title()))
+    er.plot_counts(clips, cfg)
+    assert titles == ["Clips per emotion, 6 in all, split of the manifest"]
 
 
 def test_without_speakers_the_split_is_random_and_everything_says_so():
