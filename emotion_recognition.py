@@ -2453,9 +2453,9 @@ def study_findings(table):
             + ", ".join(f"{line['title']} {points(line, 'minus_audio')}" for _, line in useless.iterrows()),
             f"the safest fusion is {floor.index[0]}. Points from the better of sound and words where that is "
             "worst: " + ", ".join(f"{key} {100 * gain:+.1f}" for key, gain in floor.items()),
-            "with one modality missing, points from the model that never had it: " + ", ".join(
+            "with one modality missing, points from the model that never had it: " + (", ".join(
                 f"{line['title']} {points(line, 'minus_' + line['row'].split('_')[-1])}"
-                for _, line in alone.iterrows()))]
+                for _, line in alone.iterrows()) or "no early fusion was trained"))]
     return sentences
 
 
@@ -2648,7 +2648,9 @@ def describe_recording(path, name, predictor, cfg):
         return {"recording": name, "error": str(error), "models": []}
     summary, course, table = predictor.summarize(windows, text), predictor.follow(windows), ""
     if len(windows) > 1:
-        table = Path(cfg.output_dir, "recordings", re.sub(r"[^\w.-]", "_", name) + ".csv")
+        plain = re.sub(r"[^\w.-]", "_", name)  # a/b.wav and a_b.wav must not share a file
+        mark = "" if plain == name else f"-{digest(name)[:6]}"
+        table = Path(cfg.output_dir, "recordings", f"{plain}{mark}.csv")
         save_table(table, course, predictor.heard)
         plot_over_time(table.with_suffix(".png"), path, course, predictor)
     models = [{"model": title, "predicted": line["predicted"], "note": line["note"], "probabilities": {

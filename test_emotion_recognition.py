@@ -1260,14 +1260,17 @@ def test_a_long_recording_is_cut_into_windows_that_count_by_their_voice(demo):
 def test_a_folder_is_answered_file_by_file(copied):
     Path("own/deeper").mkdir(parents=True)
     written("own/deeper/a b.wav", speech())
-    written("own/long.wav", np.tile(speech(), 8))
+    for name in ("long", "deeper_long", "deeper/long"):
+        written(f"own/{name}.wav", np.tile(speech(), 8))
     touch("own", "broken.mp3", "notes.txt")
     er.main(["--demo", "--phase", "predict", "--input", "own"])
     table = pd.read_csv(OUTPUT / "recordings/predictions.csv").set_index("recording")
-    assert list(table.index) == ["broken.mp3", "deeper/a b.wav", "long.wav"]
-    assert "not readable" in table["error"]["broken.mp3"] and table["error"].isna().sum() == 2
+    long = ["deeper/long.wav", "deeper_long.wav", "long.wav"]
+    assert list(table.index) == ["broken.mp3", "deeper/a b.wav", *long]
+    assert "not readable" in table["error"]["broken.mp3"] and table["error"].isna().sum() == 4
     assert set(table["predicted"].dropna()) <= set(er.EMOTIONS)
     assert table["marks"].str.contains("synthetic").all()
+    assert len(list((OUTPUT / "recordings").glob("*.wav*.csv"))) == len(long)
     course = pd.read_csv(OUTPUT / "recordings/long.wav.csv")
     assert len(course) > 5 and (OUTPUT / "recordings/long.wav.png").stat().st_size > 10000
 
