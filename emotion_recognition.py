@@ -72,8 +72,8 @@ from tqdm.contrib.concurrent import thread_map
 # fmt: off
 # What to run
 RAVDESS_PATH = "./archive/audio_speech_actors_01-24/"  # folder that is searched for RAVDESS speech clips
-MANIFEST = ""  # a corpus of your own: a CSV with path, emotion and maybe speaker, transcript, split
-DOWNLOAD = False  # fetch the official archive of RAVDESS (208 MB) first, if the corpus is not there
+MANIFEST = ""                    # your own corpus: CSV of path, emotion and maybe speaker, transcript, split
+DOWNLOAD = False                 # fetch the official archive of RAVDESS (208 MB) if it is not there
 OUTPUT_DIR = "outputs"           # folder for checkpoints, tables, plots and the report
 PHASE = "all"                    # stages to run; fusion trains its parts too if RUN_MODELS has them
 RUN_MODELS = "cnn,rnn,bert,fusion_rnn,fusion_bert"  # models to train, comma-separated
