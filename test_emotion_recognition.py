@@ -1616,7 +1616,7 @@ def assert_same_training(name, first, second):
 def test_an_interrupted_training_goes_on_to_the_same_weights(name, demo, monkeypatch, capsys):
     whole, parts = unfinished(demo, "whole"), unfinished(demo, "parts")
     er.train_model(name, demo[1], whole, "cpu")
-    before, state = contents("parts"), er.state_file(parts, name)
+    before, state = contents("parts"), er.file_of(parts, "state", name)
     for call, done in ((3, 2), (1, 2)):  # in the third epoch, and there again at once
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             interrupt(patch, er, "predict", call)
@@ -1636,7 +1636,7 @@ def test_the_frozen_parts_of_a_fusion_are_not_in_its_state(demo, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         interrupt(monkeypatch, er, "predict", 2)
         er.train_model("fusion_rnn", demo[1], cfg, "cpu")
-    state = er.state_file(cfg, "fusion_rnn")
+    state = er.file_of(cfg, "state", "fusion_rnn")
     assert state.stat().st_size < er.file_of(cfg, "checkpoint", "fusion_rnn").stat().st_size / 2
 
 
@@ -1649,12 +1649,12 @@ def test_a_training_may_stop_between_any_two_writes(demo, monkeypatch):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             interrupt(patch, Path, "replace", write, after=True)
             er.train_model("rnn", demo[1], cfg, "cpu")
-        assert bool(er.out_of_date(cfg, "rnn", demo[1])) == (write < 6) and er.state_file(cfg, "rnn").exists()
+        assert bool(er.out_of_date(cfg, "rnn", demo[1])) == (write < 6) and er.file_of(cfg, "state", "rnn").exists()
         for name in er.plan_training(demo[1], ["rnn"], cfg, "cpu"):
             er.train_model(name, demo[1], cfg, "cpu")
         assert_same_training("rnn", "whole", cfg.output_dir)
         assert Path(cfg.output_dir, "TextRNN_best.previous.pth").read_bytes() == old
-        assert not er.state_file(cfg, "rnn").exists()
+        assert not er.file_of(cfg, "state", "rnn").exists()
 
 
 def without(path, *keys):
@@ -1685,7 +1685,7 @@ def test_a_state_that_does_not_fit_is_passed_over_and_training_starts_anew(case,
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt(patch, er, "predict", 2)
         er.train_model("rnn", demo[1], parts, "cpu")
-    spoil(er.state_file(parts, "rnn"))
+    spoil(er.file_of(parts, "state", "rnn"))
     clips = demo[1].assign(digest="other") if case == "other data" else demo[1]
     for cfg in (whole, parts):
         cfg.learning_rate = 1e-3 if case == "other settings" else cfg.learning_rate
@@ -1694,7 +1694,7 @@ def test_a_state_that_does_not_fit_is_passed_over_and_training_starts_anew(case,
     (line,) = [line for line in output.splitlines() if "passed over" in line]
     assert "TextRNN_training.pth" in line and reason in line and "goes on after" not in output
     assert_same_training("rnn", "whole", "parts")
-    assert not er.state_file(parts, "rnn").exists() and not Path("executed").exists()
+    assert not er.file_of(parts, "state", "rnn").exists() and not Path("executed").exists()
 
 
 def test_a_run_that_is_killed_ten_times_ends_like_one_that_is_not(finished, tmp_path, monkeypatch):
