@@ -326,12 +326,13 @@ def read_lines(path, needed, optional, advice):
     try:
         with Path(path).open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, strict=True)
-            columns = set(reader.fieldnames or [])  # now, while the file is open
+            columns = list(reader.fieldnames or [])  # now, while the file is open
             lines = [(reader.line_num, line) for line in reader]
     except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"{path} is not readable as CSV ({error}): {advice}") from error
-    if not columns.issuperset(needed):
+    if not set(needed) <= set(columns):
         raise UserError(f"{path} has no columns {' and '.join(needed)} in line 1: {advice}")
+    refuse(path, 1, {f"it names {name} twice": columns.count(name) > 1 for name in needed + optional}, advice)
     for number, line in lines:
         problem = "it has more columns than line 1 (quote what has commas)"
         refuse(path, number, {problem: None in line}, advice)
