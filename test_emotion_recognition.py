@@ -2113,8 +2113,9 @@ def test_anything_in_an_audio_file_is_a_spectrogram_or_a_reason(data, kind):
 
 
 @anything
-@given(st.lists(st.from_regex(r"0?[0-9]{1,2}(-[0-9]{1,3}){5,7}(.wav|.mp3|.txt| [(]1[)].wav)", fullmatch=True)
-                | st.from_regex(r"03-01(-0[0-9]){4}-[0-2][0-9].WAV", fullmatch=True), min_size=1, max_size=8))
+@given(st.lists(
+    st.from_regex(r"0?[0-9]{1,2}(-[0-9]{1,3}){5,7}(\.wav|\.mp3|\.txt| [(]1[)]\.wav)", fullmatch=True)
+    | st.from_regex(r"03-01(-0[0-9]){4}-[0-2][0-9]\.WAV", fullmatch=True), min_size=1, max_size=8))
 def test_anything_in_a_name_is_a_right_row_or_none(names):
     shutil.rmtree("any", ignore_errors=True)
     touch("any", *names)
