@@ -324,10 +324,11 @@ def read_predictions(cfg, name):
 def read_lines(path, needed, optional, advice):
     """(number, its texts by column) of each line of a CSV that has columns; UserErrors end with advice."""
     try:
-        with Path(path).open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, strict=True)
-            columns = list(reader.fieldnames or [])  # now, while the file is open
-            lines = [(reader.line_num, line) for line in reader]
+        text = Path(path).read_bytes().decode("utf-8-sig")
+        if "\0" in text:  # numpy takes "sad\0" and "sad" for the same
+            raise csv.Error("it has a zero byte")
+        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+        columns, lines = list(reader.fieldnames or []), [(reader.line_num, line) for line in reader]
     except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"{path} is not readable as CSV ({error}): {advice}") from error
     if not set(needed) <= set(columns):

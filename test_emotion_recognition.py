@@ -2053,6 +2053,7 @@ ONE_SENTENCE = {  # what is wrong: (command line, what the sentence must name, h
     "manifest, a comma too many": (OWN_CSV, "m.csv line 3|quote", third("b.wav,so, so,1,train")),
     "manifest, a column twice": (OWN_CSV, "m.csv line 1|emotion twice|--manifest", third(
         "b.wav,sad,1,odd", header="path,emotion,speaker,emotion")),
+    "manifest, a zero byte": (OWN_CSV, "m.csv|zero byte|--manifest", third("b.wav,sad\0,1,train")),
     "manifest, one emotion": (OWN_CSV, "m.csv|two emotions", third("b.wav,HAPPY,1,train", "happy")),
     "manifest, no files": (OWN_CSV, "no clip in m.csv|--manifest",
                            lambda patch: (third("b.wav,sad,1,test")(patch), remove("[abc].wav", "."))),
@@ -2157,7 +2158,7 @@ def rows_of(content, *columns):
     return [[row.get(column, "") for column in columns] for row in rows]
 
 
-BANK = "emotion,sentence\n" + "\n".join(f"{name},So {i}." for name in ("sad", "odd") for i in range(6))
+BANK = "emotion,sentence\n" + "\n".join(f"{name},So {name} {i}." for name in ("sad", "odd") for i in range(6))
 NONSENSE = st.binary(max_size=300) | st.text(st.sampled_from('a",;\n\r\t \0emotionsentence')).map(str.encode)
 
 
@@ -2176,9 +2177,9 @@ def test_anything_in_a_sentence_table_is_a_bank_or_a_sentence(content):
 
 
 CELLS = {  # mostly good
-    "path": ["a.wav", "./a.wav", "deep\\b.wav", " c.wav ", 'so, "so".wav', "a\nb.wav", "a\0.wav", "1", "nan",
+    "path": ["a.wav", "./a.wav", "deep\\b.wav", " c.wav ", 'so, "so".wav', "a\nb.wav", "1", "nan",
              "none.wav", "..", "x" * 300, ""],
-    "emotion": ["happy", "HAPPY", " sad", "so  so", "nan", "1", "\u0130", "\0"] * 3 + ["clip", ""],
+    "emotion": ["happy", "HAPPY", " sad", "so  so", "nan", "1", "\u0130"] * 4 + ["clip", "", "\0"],
     "speaker": ["1", "2", "02", "10", "nan", "Ann  B", "\u0663", "9" * 20] * 2 + [""],
     "split": ["train", "Test", " validation"] * 6 + ["dev", ""],
     "transcript": ["So it is, yes.", "So\nit is", "nan", ""], "": ["", "1"]}
