@@ -246,9 +246,13 @@ def zenodo(few_clips, monkeypatch):
         archive = {"url": url, "size": len(content), "md5": hashlib.md5(content).hexdigest()}
         monkeypatch.setattr(er, "ARCHIVE", archive)
 
+    def stop():
+        server.shutdown()  # first: while its thread waits, a closed socket still takes a connection
+        server.server_close()
+
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        it = SimpleNamespace(status=200, missing=0, asked=0, offer=offer, stop=server.server_close)
+        it = SimpleNamespace(status=200, missing=0, asked=0, offer=offer, stop=stop)
         offer(zipped(few_clips))
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
