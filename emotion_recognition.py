@@ -324,14 +324,16 @@ def read_predictions(cfg, name):
 def read_lines(path, needed, optional, advice):
     """(number, its texts by column) of each line of a CSV that has columns; UserErrors end with advice."""
     try:
-        with Path(path).open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, strict=True)
-            columns = set(reader.fieldnames or [])  # now, while the file is open
-            lines = [(reader.line_num, line) for line in reader]
+        text = Path(path).read_bytes().decode("utf-8-sig")
+        if "\0" in text:  # numpy takes "sad\0" and "sad" for the same
+            raise csv.Error("it has a zero byte")
+        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+        columns, lines = list(reader.fieldnames or []), [(reader.line_num, line) for line in reader]
     except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"{path} is not readable as CSV ({error}): {advice}") from error
-    if not columns.issuperset(needed):
+    if not set(needed) <= set(columns):
         raise UserError(f"{path} has no columns {' and '.join(needed)} in line 1: {advice}")
+    refuse(path, 1, {f"it names {name} twice": columns.count(name) > 1 for name in needed + optional}, advice)
     for number, line in lines:
         problem = "it has more columns than line 1 (quote what has commas)"
         refuse(path, number, {problem: None in line}, advice)
