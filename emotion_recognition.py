@@ -2434,30 +2434,32 @@ def study_findings(table):
     """What the study found, as sentences, for each text model."""
     sentences = []
     for model, part in table.groupby("text_model"):
+        part = part.assign(title=part["title"].str.replace(f", {model.removeprefix('Text')}", ""))
         sound, name = part.loc[part["row"] == "cnn", "uar"].mean(), part["row"].str.split("_")
         fused, alone = (part[name.str[0].isin(FUSIONS) & (name.str.len() == size)] for size in (2, 3))
         rival = np.where(fused["text_uar"] > sound, "minus_text", "minus_audio")  # the better single modality
         fused = fused.assign(rival=rival, gain=np.where(fused["text_uar"] > sound, fused["minus_text"],
                                                         fused["minus_audio"]))
         best, useless = fused.loc[fused["gain"].idxmax()], fused[fused["noise"] == fused["noise"].max()]
-        helps = fused[fused["minus_audio_low"] > 0].groupby("title", sort=False)["text_uar"].min()
+        surely = fused[fused["minus_audio_low"] > 0].groupby("title", sort=False)["text_uar"].min()
+        starts = [f"{uar:.1%} ({', '.join(titles)})" for uar, titles in surely.groupby(surely).groups.items()]
         floor = fused.groupby("title")["gain"].min().sort_values(ascending=False)
         alone = alone[alone["noise"] == alone["noise"].min()]
         sentences += [f"{model}: {sentence}." for sentence in (
-            f"fusion gains most where words alone reach {best['text_uar']:.1%} UAR, sound alone {sound:.1%}. "
-            f"{best['title']} reaches {best['uar']:.1%} there, {points(best, best['rival'])} points from the "
-            "better of the two",
-            "fusion beats sound alone, its interval above 0, " + (
-                "from words of this UAR on: " + ", ".join(f"{key} {uar:.1%}" for key, uar in helps.items())
-                if len(helps) else "at no level of noise"),
-            f"with the most noise words alone reach {useless['text_uar'].iloc[0]:.1%} (chance "
-            f"{useless['chance'].max():.1%}). What fusion then changes against sound alone, in points: "
+            f"fusion gains most where words alone reach {best['text_uar']:.1%} UAR and sound alone "
+            f"{sound:.1%}: {best['title']} then reaches {best['uar']:.1%}, {points(best, best['rival'])} "
+            "points from the better of the two",
+            "fusion is surely better than sound alone, its interval above 0, " + (
+                f"once words alone reach {' or '.join(starts)}" if starts else "at no level of noise"),
+            f"words that are worth nothing ({useless['text_uar'].iloc[0]:.1%} alone, chance "
+            f"{useless['chance'].max():.1%}) change the answers of sound by these points: "
             + ", ".join(f"{line['title']} {points(line, 'minus_audio')}" for _, line in useless.iterrows()),
-            f"the safest fusion is {floor.index[0]}. Points from the better of sound and words where that is "
-            "worst: " + ", ".join(f"{key} {100 * gain:+.1f}" for key, gain in floor.items()),
-            "with one modality missing, points from the model that never had it: " + (", ".join(
-                f"{line['title']} {points(line, 'minus_' + line['row'].split('_')[-1])}"
-                for _, line in alone.iterrows()) or "no early fusion was trained"))]
+            f"the safest choice is {floor.index[0]}. Each at the level that suits it least, in points from "
+            "the better of sound and words: "
+            + ", ".join(f"{key} {100 * gain:+.1f}" for key, gain in floor.items()),
+            "where a modality is missing, one model for all cases is so many points from the model that "
+            "never had it: " + (", ".join(f"{line['title']} {points(line, 'minus_' + line['row'].split('_')[-1])}"
+                                    for _, line in alone.iterrows()) or "no early fusion was trained"))]
     return sentences
 
 

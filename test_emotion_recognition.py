@@ -1086,11 +1086,12 @@ def test_the_findings_say_where_fusion_gains_from_where_on_and_what_is_safe():
         *study_of(0.5, 0.5, late_rnn=0.63, learned_rnn=0.7),
         *study_of(1.0, 0.125, late_rnn=0.5, learned_rnn=0.6)])
     most, start, useless, safest, alone = er.study_findings(table)
-    assert "words alone reach 50.0% UAR, sound alone 60.0%. Learned late fusion, RNN reaches 70.0%" in most
-    assert "+10.0 (+8.0 to +12.0)" in most and "Late fusion, RNN 50.0%" in start
-    assert "12.5%" in useless and "Late fusion, RNN -10.0 (-12.0 to -8.0)" in useless
-    assert "safest fusion is Learned late fusion, RNN" in safest
-    assert "worst: Learned late fusion, RNN +0.0, Late fusion, RNN -10.0" in safest
+    assert "words alone reach 50.0% UAR and sound alone 60.0%: Learned late fusion then reaches 70.0%" in most
+    assert "+10.0 (+8.0 to +12.0)" in most
+    assert "once words alone reach 50.0% (Late fusion, Learned late fusion)." in start
+    assert "12.5%" in useless and "Late fusion -10.0 (-12.0 to -8.0)" in useless
+    assert "safest choice is Learned late fusion" in safest
+    assert "words: Learned late fusion +0.0, Late fusion -10.0" in safest
     assert "audio only -1.0 (-3.0 to +1.0)" in alone and "text only -1.0" in alone
 
 
