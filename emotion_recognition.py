@@ -2458,8 +2458,9 @@ def study_findings(table):
             "the better of sound and words: "
             + ", ".join(f"{key} {100 * gain:+.1f}" for key, gain in floor.items()),
             "where a modality is missing, one model for all cases is so many points from the model that "
-            "never had it: " + (", ".join(f"{line['title']} {points(line, 'minus_' + line['row'].split('_')[-1])}"
-                                    for _, line in alone.iterrows()) or "no early fusion was trained"))]
+            "never had it: " + (", ".join(
+                f"{line['title']} {points(line, 'minus_' + line['row'].split('_')[-1])}"
+                for _, line in alone.iterrows()) or "no early fusion was trained"))]
     return sentences
 
 
