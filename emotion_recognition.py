@@ -2437,9 +2437,9 @@ def study_findings(table):
         part = part.assign(title=part["title"].str.replace(f", {model.removeprefix('Text')}", ""))
         sound, name = part.loc[part["row"] == "cnn", "uar"].mean(), part["row"].str.split("_")
         fused, alone = (part[name.str[0].isin(FUSIONS) & (name.str.len() == size)] for size in (2, 3))
-        rival = np.where(fused["text_uar"] > sound, "minus_text", "minus_audio")  # the better single modality
-        fused = fused.assign(rival=rival, gain=np.where(fused["text_uar"] > sound, fused["minus_text"],
-                                                        fused["minus_audio"]))
+        by_text = fused["text_uar"] > sound  # words are the better single modality
+        fused = fused.assign(rival=np.where(by_text, "minus_text", "minus_audio"),
+                             gain=np.where(by_text, fused["minus_text"], fused["minus_audio"]))
         best, useless = fused.loc[fused["gain"].idxmax()], fused[fused["noise"] == fused["noise"].max()]
         surely = fused[fused["minus_audio_low"] > 0].groupby("title", sort=False)["text_uar"].min()
         starts = [f"{uar:.1%} ({', '.join(titles)})" for uar, titles in surely.groupby(surely).groups.items()]
@@ -2560,8 +2560,9 @@ class Predictor:
         if name not in self.loaded:
             path = file_of(self.cfg, "checkpoint", name)
             checkpoint = read_checkpoint(path)
-            if checkpoint["classes"] != self.classes:
-                raise UserError(f"{path} knows other emotions than AudioCNN beside it: {TRAIN_AGAIN}")
+            for key in ["classes"] + ["features"] * bool(MODELS[name].parts):  # words have no use for those
+                if checkpoint[key] != self.checkpoint[key]:
+                    raise UserError(f"{path} has other {key} than AudioCNN beside it: {TRAIN_AGAIN}")
             self.loaded[name] = restore_model(path).to(self.device), checkpoint["temperature"]
         return self.loaded[name]
 

@@ -373,7 +373,7 @@ FAILED_DOWNLOADS = {  # what is wrong: (what the sentence must name, how it is m
     "spoilt zip": (f"{BY_HAND}|not a zip", lambda zenodo, _: zenodo.offer(spoilt(zenodo.content))),
     **{f"zip with {name}": (f"{BY_HAND}|{name!r}|outside", lambda zenodo, _, name=name: zenodo.offer(
         zipped({CLIP: b"a", name: b"b"}))) for name in (
-            "../evil.wav", "../../../evil.wav", "Actor_01/../../evil.wav", "/tmp/evil.wav", r"..\evil.wav",
+            "../evil.wav", "../../../evil.wav", "Actor_01/../../evil.wav", "/evil.wav", r"..\evil.wav",
             r"C:\evil.wav", "C:evil.wav", r"\\server\share\evil.wav")},
     "too little space": (f"{ELSEWHERE}|0.0 GB left", lambda zenodo, patch: patch.setattr(
         shutil, "disk_usage", lambda _: SimpleNamespace(free=4 * len(zenodo.content) - 1))),
@@ -1302,6 +1302,18 @@ def test_prediction_needs_nothing_but_checkpoints(copied):
     assert done.returncode == 0, done.stderr
     assert "a.wav: " in done.stdout and "##" in done.stdout
     assert "TextBERT (trained on simulated sentences): " in done.stdout
+
+
+@pytest.mark.parametrize("key, value", [("classes", ["a"] * 8), ("features", {"n_mels": 80})])
+def test_a_fused_model_that_does_not_fit_audio_cnn_is_refused(key, value, copied):
+    path = OUTPUT / "EarlyFusion_RNN_best.pth"
+    checkpoint = torch.load(path, weights_only=True)
+    torch.save(checkpoint | {key: value}, "other.pth")
+    shutil.move("other.pth", path)
+    predictor = er.Predictor(OUTPUT)
+    assert predictor.predict(speech(), RATE)["predicted"].iloc[0] in er.EMOTIONS
+    with pytest.raises(er.UserError, match=f"EarlyFusion_RNN_best.pth has other {key} than AudioCNN"):
+        predictor.predict(speech(), RATE, text="What a day.")
 
 
 def test_whisper_is_asked_only_when_its_weights_are_there(copied, capsys, request):
