@@ -51,6 +51,7 @@ from collections import Counter, namedtuple
 from pathlib import Path, PureWindowsPath
 from types import SimpleNamespace
 
+import filelock
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -121,10 +122,9 @@ EMA_DECAY = 0.99                 # moving average of the weights, per step
 
 SETTINGS = {name: type(value) for name, value in list(globals().items())
             if name.isupper() and type(value) in (bool, int, float, str)}
-FUSION_KINDS = {"concat": ["fusion"], "attention": ["attention"], "both": ["fusion", "attention"]}  # rows
 CHOICES = {
     "phase": ("all", "data", "unimodal", "fusion", "study", "report", "predict", "evaluate"),
-    "fusion": tuple(FUSION_KINDS),
+    "fusion": ("concat", "attention", "both"),
     "device": ("auto", "cuda", "mps", "cpu"),
     "split": ("speaker", "random"),
     "test_views": (1, 2, 3, 4, 5),
@@ -228,7 +228,7 @@ def check_settings(cfg):
         raise UserError(f"{first} is a corpus of its own: leave it out, or {others[0]}")
     if cfg.phase == "evaluate" and not cfg.manifest:
         raise UserError("--phase evaluate needs another corpus: name its table with --manifest")
-    names, known = names_in(cfg.run_models), [name for name in MODELS if not name.startswith("attention")]
+    names, known = names_in(cfg.run_models), [key for key in MODELS if MODELS[key].how != "attention"]
     if not names or not set(names) <= set(known):
         raise UserError(f"--run-models {cfg.run_models!r} is not a list of names out of {', '.join(known)}")
     folds = names_in(cfg.folds)
@@ -1439,24 +1439,25 @@ class EarlyFusion(Encoder):
 
 
 # %% 14. Training, prediction, scores, checkpoints
-# A row of every table: class, stem of its files, title, suffix of its constants, the rows it is made of.
-ModelRow = namedtuple("ModelRow", "kind stem title suffix parts", defaults=[()])
-ROWS = {  # in the order of the tables; views, ensembles and late fusion are arithmetic: no class
+# A row of every table: class, stem of its files, title, suffix of its constants. Rows without class are made
+# of others, their parts: views, ensemble, mean, learned weights, or what they say to audio or text alone.
+ModelRow = namedtuple("ModelRow", "kind stem title suffix parts how", defaults=[(), ""])
+ROWS = {  # in the order of the tables, parts first
     "cnn": ModelRow(AudioCNN, "AudioCNN", "AudioCNN", "cnn"),
-    "cnn_views": ModelRow(None, "AudioCNN_views", "AudioCNN, several views", "", ("cnn",)),
-    "cnn_ensemble": ModelRow(None, "AudioCNN_ensemble", "AudioCNN, ensemble", "", ("cnn",)),
+    "cnn_views": ModelRow(None, "AudioCNN_views", "AudioCNN, several views", "", ("cnn",), "views"),
+    "cnn_ensemble": ModelRow(None, "AudioCNN_ensemble", "AudioCNN, ensemble", "", ("cnn",), "ensemble"),
     "cnn_views_ensemble": ModelRow(None, "AudioCNN_views_ensemble", "AudioCNN, ensemble, views", "",
-                                   ("cnn",)),
+                                   ("cnn_views",), "ensemble"),
     "rnn": ModelRow(TextRNN, "TextRNN", "TextRNN", "rnn"),
     "bert": ModelRow(TextBERT, "TextBERT", "TextBERT", "bert"),
 }
-FUSIONS = {"fusion": (EarlyFusion, "Early"), "attention": (EarlyFusion, "Attention"), "late": (None, "Late"),
-           "learned": (None, "Learned late")}
+FUSIONS = {"fusion": (EarlyFusion, "Early", "concat"), "attention": (EarlyFusion, "Attention", "attention"),
+           "late": (None, "Late", "mean"), "learned": (None, "Learned late", "learned")}
 ROWS |= {f"{fusion}_{text}": ModelRow(kind, f"{title.split()[0]}Fusion_{text.upper()}",
-                                      f"{title} fusion, {text.upper()}", "fusion", ("cnn", text))
-         for fusion, (kind, title) in FUSIONS.items() for text in ("rnn", "bert")}
+                                      f"{title} fusion, {text.upper()}", "fusion", ("cnn", text), how)
+         for fusion, (kind, title, how) in FUSIONS.items() for text in ("rnn", "bert")}
 ROWS |= {f"{name}_{modality}": ModelRow(None, f"{row.stem}_{modality}_only", f"{row.title}, {modality} only",
-                                        "", (name,))
+                                        "", (name,), modality)
          for name, row in ROWS.items() if row.kind is EarlyFusion for modality in ("audio", "text")}
 MODELS = {name: row for name, row in ROWS.items() if row.kind}  # what is trained, parts first
 FILES = {"history": "histories/{}.csv", "predictions": "predictions/{}.csv", "checkpoint": "{}_best.pth",
@@ -1471,11 +1472,20 @@ def file_of(cfg, kind, name):
     return Path(cfg.output_dir, FILES[kind].format(ROWS[name].stem))
 
 
+def rows_of(cfg):
+    """The names of the rows that these settings ask for, trained or made of others."""
+    asked, names = {"views": cfg.test_views > 1, "ensemble": cfg.runs > 1}, []
+    asked |= {how: cfg.fusion in (how, "both") for how in ("concat", "attention")}
+    for name, row in ROWS.items():
+        if asked.get(row.how, True) and set(row.parts) <= set(names):
+            names.append(name)
+    return names
+
+
 def models_asked(cfg):
     """The names of the models that RUN_MODELS and FUSION ask for, parts first."""
-    names = {name.replace("fusion", kind) for name in names_in(cfg.run_models)
-             for kind in FUSION_KINDS[cfg.fusion]}
-    return [name for name in MODELS if name in names]
+    asked = names_in(cfg.run_models)
+    return [name for name in rows_of(cfg) if name in MODELS and name.replace("attention", "fusion") in asked]
 
 
 def pick_device(cfg):
@@ -1510,7 +1520,7 @@ def build_model(name, clips, cfg, device):
     elif row.parts:
         parts = {part: restore_model(file_of(cfg, "checkpoint", part)) for part in row.parts}
         spec |= {"parts": {part: trained.spec for part, trained in parts.items()},
-                 "fusion": "attention" if name.startswith("attention") else "concat"}
+                 "fusion": row.how}
         weights = {f"encoders.{part}": trained for part, trained in parts.items()}
     model = row.kind(**spec)
     for module, source in weights.items():
@@ -1829,16 +1839,9 @@ def versions():
 
 
 # %% 15. Evaluation: rows made of others, figures, intervals
-def rows_of(cfg):
-    """The names of the rows that these settings ask for."""
-    other = set(FUSION_KINDS["both"]).difference(FUSION_KINDS[cfg.fusion])
-    return [name for name in ROWS if ("views" not in name or cfg.test_views > 1)
-            and ("ensemble" not in name or cfg.runs > 1) and name.split("_")[0] not in other]
-
-
 def reads_oracle(name, cfg):
     """Whether a row reads sentences that were drawn by label."""
-    return cfg.use_simulated_sentences and not name.startswith("cnn") and not name.endswith("_audio")
+    return cfg.use_simulated_sentences and not name.startswith("cnn") and ROWS[name].how != "audio"
 
 
 def pool(tables):
@@ -1872,7 +1875,7 @@ def combine_late(name, cfg):
     parts = ROWS[name].parts
     tables = [read_predictions(cfg, part) for part in parts]
     probabilities, table = [probabilities_of(table) for table in tables], tables[-1]
-    if name.startswith("learned"):
+    if ROWS[name].how == "learned":
         held_out = (table["split"] == "validation").to_numpy()
         logs = np.log(np.stack(probabilities)[:, held_out].clip(1e-7))
         weights = fit_fusion_weights(logs, labels_of(table)[held_out]).tolist()
@@ -1884,7 +1887,7 @@ def fuse_late(name, found, cfg):
     """The mean of the probabilities (N, C) `found` of a row's parts, or softmax of weighted logarithms."""
     parts = ROWS[name].parts
     probabilities = np.stack([found[part] for part in parts])  # (P, N, C)
-    if not name.startswith("learned"):
+    if ROWS[name].how == "mean":
         return probabilities.mean(axis=0)
     weights = read_back(file_of(cfg, "weights", name))
     return softmax(np.tensordot([weights[part] for part in parts], np.log(probabilities.clip(1e-7)), 1), 1)
@@ -1892,12 +1895,11 @@ def fuse_late(name, found, cfg):
 
 def answer_anew(name, clips, cfg, device):
     """The predictions of a trained model from TEST_VIEWS views of each clip, or from one modality alone."""
-    model = restore_model(file_of(cfg, "checkpoint", ROWS[name].parts[0])).to(device)
-    views, modality = cfg.test_views if name == "cnn_views" else 1, name.split("_")[-1]
-    keys = [key for key in model.inputs if modality == "views" or (key == "mel") == (modality == "audio")]
-    clips = clips if modality == "views" else clips[clips["split"] != "train"]  # nobody looks at those
+    model, how = restore_model(file_of(cfg, "checkpoint", ROWS[name].parts[0])).to(device), ROWS[name].how
+    keys = [key for key in model.inputs if how == "views" or (key == "mel") == (how == "audio")]
+    clips = clips if how == "views" else clips[clips["split"] != "train"]  # nobody looks at those
     dataset, tables = ClipDataset(clips, model, cfg, device, inputs=tuple(keys)), []
-    for dataset.view in VIEWS[:views]:
+    for dataset.view in VIEWS[:cfg.test_views if how == "views" else 1]:
         tables.append(predictions_table(clips, predict(model, dataset).softmax(dim=1).numpy()))
     return pool(tables)
 
@@ -1918,7 +1920,7 @@ def combine(clips, cfg, device):
             path.unlink(missing_ok=True)
         elif len(ROWS[name].parts) == 2:
             save_table(path, combine_late(name, cfg), cfg)
-        elif "ensemble" not in name:
+        elif ROWS[name].how != "ensemble":  # which needs all runs
             whole = file_of(cfg, "predictions", ROWS[name].parts[0]).read_bytes()
             key = digest("version 2", whole, cfg.test_views)
             reuse(path.stem, key, [path], cfg, lambda name=name, path=path: save_table(
@@ -2007,9 +2009,10 @@ def evaluate(runs, tables, reasons, audit, cfg):
     for old in folder.glob("predictions/*_out_of_fold.csv"):
         old.unlink()
     for name in rows_of(cfg):  # those with one modality missing come last
-        part, oracle = name.removesuffix("_ensemble"), reads_oracle(name, cfg)
+        row, oracle = ROWS[name], reads_oracle(name, cfg)
+        part = row.parts[0] if row.how == "ensemble" else name
         why = next((each[part] for each in reasons if each[part]), "")
-        rows[name] = {"title": ROWS[name].title + " (oracle text)" * oracle,
+        rows[name] = {"title": row.title + " (oracle text)" * oracle,
                       "status": f"not run: {why}" if why else "run"}
         if why:
             continue
@@ -2030,7 +2033,7 @@ def evaluate(runs, tables, reasons, audit, cfg):
         difference = rows[first]["test"]["uar"] - rows[second]["test"]["uar"]
         pairs.append({"row": first, "against": second, "difference": difference, "difference_low": low,
                       "difference_high": high})
-    alone = {name: rows.pop(name) for name in list(rows) if name.endswith(("_audio", "_text"))}
+    alone = {name: rows.pop(name) for name in list(rows) if ROWS[name].how in ("audio", "text")}
     with contextlib.suppress(UserError, KeyError, TypeError):
         if read_back(folder / "metrics.json")["rows"] != rows:  # no report may pass for that of these figures
             for old in {folder / REPORT, *folder.glob("plots/*.png")}.difference(plot_paths({}, cfg)):
@@ -2254,6 +2257,17 @@ REPORT = "emotion_recognition_report.docx"
 DOCX_ADVICE = "pip install python-docx, then --phase report makes it"
 
 
+def has_docx():
+    """Whether python-docx, without which there is no report, is installed."""
+    return importlib.util.find_spec("docx") is not None
+
+
+def say_report(cfg):
+    """Say where the report lies, or how to make it."""
+    path = Path(cfg.output_dir, REPORT)
+    print(f"Report: {path}" if has_docx() else f"{path} is left out: {DOCX_ADVICE}")
+
+
 def meaning(cfg, classes):
     """What the figures mean, and what they do not, as sentences."""
     foreign = cfg.phase == "evaluate"
@@ -2299,8 +2313,8 @@ def add_table(document, table):
     document.add_paragraph()  # tables that touch become one
 
 
-def write_document(path, title, sections, cfg):
-    """Write a .docx with the marks of this run on every page.
+def write_document(title, sections, plots, figures, cfg):
+    """Write the report as .docx, with the marks of this run on every page.
 
     `sections` maps headings to lists of sentences (bullet points), DataFrames, and Paths of pictures.
     """
@@ -2312,6 +2326,11 @@ def write_document(path, title, sections, cfg):
     page.header.paragraphs[0].text = printable(
         "; ".join(marks(cfg)) or f"{Path(cfg.manifest).name or 'RAVDESS'}, unseen speakers")
     document.add_heading(title, 0)
+    sections = sections | {
+        "Plots": plots,
+        "What the figures mean, and what they do not": meaning(cfg, figures["classes"]),
+        "How to repeat this": [figures["command"], str(figures["versions"])],
+        "Settings": [pd.DataFrame(figures["settings"].items(), columns=["setting", "value"])]}
     for heading, parts in sections.items():
         document.add_heading(heading, 1)
         for part in parts:
@@ -2321,7 +2340,7 @@ def write_document(path, title, sections, cfg):
                 document.add_picture(str(part), width=Cm(17))
             else:
                 document.add_paragraph(printable(part), "List Bullet")
-    with replacing(path) as temporary:
+    with replacing(Path(cfg.output_dir, REPORT)) as temporary:
         document.save(temporary)
 
 
@@ -2357,11 +2376,7 @@ def write_report(figures, rows, study, cfg):
         by_emotion = pd.DataFrame(row["test"]["per_class"]).T.round(3).rename_axis("emotion")
         sections[f"{row['title']}: test results by emotion, and the most confident mistakes"] = [
             by_emotion.reset_index(), pd.DataFrame(row["mistakes"])]
-    write_document(Path(cfg.output_dir, REPORT), "Speech emotion recognition: report", sections | {
-        "Plots": plot_paths(rows, cfg),
-        "What the figures mean, and what they do not": meaning(cfg, figures["classes"]),
-        "How to repeat this": [figures["command"], str(figures["versions"])],
-        "Settings": [pd.DataFrame(figures["settings"].items(), columns=["setting", "value"])]}, cfg)
+    write_document("Speech emotion recognition: report", sections, plot_paths(rows, cfg), figures, cfg)
 
 
 # %% 18. The study: how reliable must words be before fusion helps?
@@ -2549,11 +2564,13 @@ class Predictor:
         `recording` is a path, or an array of samples with `sampling_rate` in Hz; `text` is what is said, for
         the models that read words: without, AudioCNN answers alone. The answer to silence is "no speech".
         """
-        return self.summarize(self.listen(recording, sampling_rate), text)
+        windows = self.listen(recording, sampling_rate)
+        return self.summarize(windows, self.answers(windows, text))
 
     def predict_over_time(self, recording, sampling_rate=None):
         """A DataFrame with AudioCNN's answer to each window: `start`, `end` in s, `voiced` from 0 to 1."""
-        return self.follow(self.listen(recording, sampling_rate))
+        windows = self.listen(recording, sampling_rate)
+        return self.follow(windows, self.answers(windows))
 
     def load(self, name):
         """(model, temperature), read once."""
@@ -2590,44 +2607,48 @@ class Predictor:
         table = pd.DataFrame(windows, columns=["start", "end", "voiced", "mel", "emotion"])
         return table.astype({"emotion": pd.CategoricalDtype(self.classes)})
 
-    def answers(self, windows, names=("cnn",)):
-        """Probabilities (W, C) by row for windows with transcripts; parts stand before what they make."""
+    def rows(self, with_words=True):
+        """The names of the rows that can answer, AudioCNN first; without words it alone."""
+        late = [name for name, row in ROWS.items() if set(row.parts) <= set(self.trained) and (
+                row.how == "mean" or file_of(self.cfg, "weights", name).exists())]
+        return [*self.trained, *late] if with_words else ["cnn"]
+
+    def score(self, clips, names):
+        """Probabilities (N, C) by row, of clips or windows; parts stand before what is made of them."""
         found = {}
         for name in names:
             if name in MODELS:
                 model, temperature = self.load(name)
-                dataset = ClipDataset(windows, model, self.cfg, self.device)
+                dataset = ClipDataset(clips, model, self.cfg, self.device)
                 found[name] = (predict(model, dataset) / temperature).softmax(dim=1).numpy()
             else:
                 found[name] = fuse_late(name, found, self.cfg)
         return found
 
-    def rows(self):
-        """The names of the rows that can answer when there is a text, AudioCNN first."""
-        late = [name for name, row in ROWS.items() if set(row.parts) <= set(self.trained) and (
-                name.startswith("late") or file_of(self.cfg, "weights", name).exists())]
-        return [*self.trained, *late]
+    def answers(self, windows, text=None):
+        """Probabilities (W, C) by row of windows in which `text` is said; AudioCNN's if that is unknown."""
+        if windows.empty:
+            return {"cnn": np.zeros((0, len(self.classes)))}
+        return self.score(windows.assign(transcript=text), self.rows(text is not None))
 
-    def summarize(self, windows, text=None):
+    def summarize(self, windows, answers):
         """The table of `predict` from windows, which count as much as there is voice in them."""
-        names, lines = self.rows() if len(windows) and text is not None else ["cnn"], {}
-        answers = self.answers(windows.assign(transcript=text), names) if len(windows) else {}
-        for name in names:
+        lines = {}
+        for name, probabilities in answers.items():
             values, found = np.full(len(self.classes), np.nan), NO_SPEECH
             if len(windows):
-                values = np.average(answers[name], axis=0, weights=windows["voiced"])
+                values = np.average(probabilities, axis=0, weights=windows["voiced"])
                 found = self.classes[values.argmax()]
             note = "trained on simulated sentences" * reads_oracle(name, self.cfg)
             lines[ROWS[name].title] = {"predicted": found, **dict(zip(self.classes, values.tolist())),
                                        "note": note}
         return pd.DataFrame.from_dict(lines, orient="index").rename_axis("model")
 
-    def follow(self, windows):
+    def follow(self, windows, answers):
         """The table of `predict_over_time` from windows."""
-        answers = self.answers(windows)["cnn"] if len(windows) else np.zeros((0, len(self.classes)))
-        which = np.where(windows["voiced"] > 0, answers.argmax(axis=1), -1)
+        which = np.where(windows["voiced"] > 0, answers["cnn"].argmax(axis=1), -1)
         found = np.array([*self.classes, NO_SPEECH])[which]
-        columns = pd.DataFrame(answers, windows.index, self.classes)
+        columns = pd.DataFrame(answers["cnn"], windows.index, self.classes)
         return windows[["start", "end", "voiced"]].assign(predicted=found).join(columns)
 
 
@@ -2652,7 +2673,8 @@ def describe_recording(path, name, predictor, cfg):
         text, source = words_of(path, predictor, cfg) if len(windows) else (None, "")
     except AudioError as error:
         return {"recording": name, "error": str(error), "models": []}
-    summary, course, table = predictor.summarize(windows, text), predictor.follow(windows), ""
+    answers, table = predictor.answers(windows, text), ""
+    summary, course = predictor.summarize(windows, answers), predictor.follow(windows, answers)
     if len(windows) > 1:
         plain = re.sub(r"[^\w.-]", "_", name)  # a/b.wav and a_b.wav must not share a file
         mark = "" if plain == name else f"-{digest(name)[:6]}"
@@ -2804,6 +2826,7 @@ def reuse(title, key, files, cfg, make):
     if there and not in_kernel() and cfg.phase != "report":
         print(f"Reused: {title}")
         return
+    path.unlink(missing_ok=True)  # whoever is killed in `make` leaves files of two kinds
     make()
     save(path, key.encode())
 
@@ -2850,7 +2873,7 @@ def check_needs(runs, names, cfg):
     todo = {(run.output_dir, name) for run in runs for name in names if out_of_date(run, name)}
     encoders = sum("bert" in name for _, name in todo)  # that checkpoints hold; a training's state has four
     size = sum(p.numel() for p in load_text_encoder(cfg.bert_model)[2].parameters()) if encoders else 0
-    if importlib.util.find_spec("docx") is None:
+    if not has_docx():
         print(f"The .docx will be left out: {DOCX_ADVICE}")
     free, need = shutil.disk_usage(cfg.output_dir).free / 1e9, 0.3 + 5e-9 * size * (encoders + 8)  # 4 bytes
     if free < need:
@@ -2920,8 +2943,8 @@ def refuse_other_settings(cfg, saved, path, free=FREE):
 
 def report_phase(cfg):
     """Plots and .docx from what lies in OUTPUT_DIR alone; --phase report draws them in any case."""
-    path, with_docx = Path(cfg.output_dir, "metrics.json"), importlib.util.find_spec("docx") is not None
-    figures, document = read_back(path), Path(cfg.output_dir, REPORT)
+    path = Path(cfg.output_dir, "metrics.json")
+    figures = read_back(path)
     if not {"rows", "pairs", "audit", "settings"} <= set(figures):
         raise UserError(f"{path} is foreign: make it again with --phase all, or name another --output-dir")
     saved = figures["settings"]
@@ -2950,11 +2973,11 @@ def report_phase(cfg):
             plot_cross_validation(rows, figures["pairs"], cfg)
         for name, row in rows.items():
             plot_confusion(name, row, cfg)
-        if with_docx:
+        if has_docx():
             write_report(figures, rows, study, cfg)
-    key = digest(figures["rows"], saved, with_docx, "" if study is None else study.to_csv())
-    reuse("report", key, plot_paths(rows, cfg) + [document] * with_docx, cfg, make)
-    print(f"Report: {document}" if with_docx else f"{document} is left out: {DOCX_ADVICE}")
+    key = digest(figures["rows"], saved, has_docx(), "" if study is None else study.to_csv())
+    reuse("report", key, plot_paths(rows, cfg) + [Path(cfg.output_dir, REPORT)] * has_docx(), cfg, make)
+    say_report(cfg)
 
 
 def experiment(clips, audit, names, cfg, device):
@@ -3005,10 +3028,10 @@ def evaluate_phase(cfg):
     print("\n".join(sentences))
     for old in [*folder.glob("plots/*.png"), *folder.glob("predictions/*.csv"), *folder.glob("*.docx")]:
         old.unlink()
-    names = predictor.rows() if "transcript" in clips else ["cnn"]
+    names = predictor.rows("transcript" in clips)
     rows = {name: {"title": ROWS[name].title, "status": "run" if name in names else
                    f"not run: {cfg.manifest} has no column transcript"} for name in predictor.rows()}
-    answers = predictor.answers(clips, names)
+    answers = predictor.score(clips, names)
     places, weights = list(map(own["classes"].index, classes_of(clips))), resampled(voices_of(clips))
     for name, probabilities in answers.items():
         shares = probabilities[:, places].clip(1e-7)
@@ -3031,19 +3054,15 @@ def report_foreign(figures, cfg):
     print(f"\nTest ({'; '.join(marks(cfg))})\n{table.to_string(index=False)}")
     plots = [plot_comparison(ran, False, cfg), plot_reliability(ran, cfg),
              *(plot_confusion(name, row, cfg) for name, row in ran.items())]
-    path = Path(cfg.output_dir, REPORT)
-    if importlib.util.find_spec("docx") is not None:
-        write_document(path, f"Speech emotion recognition: {Path(cfg.manifest).name}", {
-            "Data": figures["audit"], "Test": [table], "Plots": plots,
-            "What the figures mean, and what they do not": meaning(cfg, figures["classes"]),
-            "How to repeat this": [figures["command"], str(figures["versions"])]}, cfg)
-    print(f"Report: {path}" if path.exists() else f"{path} is left out: {DOCX_ADVICE}")
+    if has_docx():
+        write_document(f"Speech emotion recognition: {Path(cfg.manifest).name}",
+                       {"Data": figures["audit"], "Test": [table]}, plots, figures, cfg)
+    say_report(cfg)
 
 
 @contextlib.contextmanager
 def locked(cfg):
     """Keep other runs out of all folders that this one writes to, until it ends or is killed."""
-    import filelock
     levels = study_settings(cfg) if cfg.phase != "report" or Path(cfg.output_dir).exists() else []
     with contextlib.ExitStack() as locks:
         for folder in dict.fromkeys(run.output_dir for level in levels for run in [level, *runs_of(level)]):
@@ -3071,9 +3090,10 @@ def train_phases(cfg):
         metrics_file = Path(cfg.output_dir, "metrics.json")
         if metrics_file.exists() and "synthetic" not in metrics_file.read_text(encoding="utf-8"):
             raise UserError(f"{cfg.output_dir} holds a real run: name another --output-dir for --demo")
-        write_demo_corpus(cfg.ravdess_path)
-        if "bert_model" not in cfg.given and "bert" in names:
-            write_demo_encoder(cfg.bert_model)
+        with filelock.FileLock("archive/demo/run.lock"):  # a demo beside this one may be at it
+            write_demo_corpus(cfg.ravdess_path)
+            if "bert_model" not in cfg.given and "bert" in names:
+                write_demo_encoder(cfg.bert_model)
     if cfg.download:
         download_corpus(cfg)
     corpus, levels = cfg.manifest or find_corpus(cfg), study_settings(cfg)

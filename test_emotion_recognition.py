@@ -1513,10 +1513,10 @@ NAMES = {  # of the README's corpora: file names with the emotion and speaker th
 @pytest.mark.parametrize("corpus", NAMES)
 def test_the_recipes_of_the_readme_make_manifests(corpus):
     text = (SCRIPT.parent / "README.md").read_text(encoding="utf-8").split("## Another corpus")[1]
-    recipes = re.findall(r"```python\n(.+?)```", text, re.DOTALL)
+    imports, *recipes = re.search(r"```python\n(.+?)```", text, re.DOTALL)[1].split("\n\n")
     (recipe,) = [code for code in recipes if f'"{corpus}"' in code]
     touch(corpus, *NAMES[corpus])
-    exec(recipe, {})
+    exec(f"{imports}\n{recipe}", {})
     clips, audit = er.index_manifest(f"{corpus.lower()}.csv")
     found = {Path(row.clip).name: (row.emotion, str(row.actor)) for row in clips.itertuples()}
     assert found == {Path(name).name: meant for name, meant in NAMES[corpus].items()}
@@ -1763,6 +1763,30 @@ def test_a_run_of_several_folds_keeps_others_out_of_their_folders(finished):
         for folds in (["--folds", "0,1"], ["--folds", "1", "--output-dir", "outputs/fold_1_seed_42"]):
             with pytest.raises(er.UserError, match="another run is at work in outputs/fold_1_seed_42"):
                 er.main(["--ravdess-path", str(finished / CORPUS), "--phase", "data", *folds])
+
+
+def test_demos_beside_each_other_write_their_corpus_one_after_the_other(monkeypatch):
+    def write(folder):
+        with pytest.raises(filelock.Timeout):
+            filelock.FileLock("archive/demo/run.lock", timeout=0).acquire()
+        raise KeyboardInterrupt
+    monkeypatch.setattr(er, "write_demo_corpus", write)
+    with pytest.raises(KeyboardInterrupt):
+        er.main(DEMO)
+    filelock.FileLock("archive/demo/run.lock", timeout=0).acquire()
+
+
+def test_files_that_a_killed_run_was_making_anew_are_not_taken_for_the_old_ones():
+    cfg, file = config(), Path("plot.txt")
+
+    def killed():
+        file.write_text("new")
+        raise KeyboardInterrupt
+    for _ in range(2):
+        er.reuse("plots", "old settings", [file], cfg, lambda: file.write_text("old"))
+        assert file.read_text() == "old"
+        with pytest.raises(KeyboardInterrupt):
+            er.reuse("plots", "new settings", [file], cfg, killed)
 
 
 def test_a_folder_is_free_again_after_an_error_an_interrupt_and_a_kill(copied, monkeypatch):
