@@ -185,7 +185,8 @@ def parse_settings(argv=None):
             values[name] = min(values[name], value) if name.startswith("epochs") else value
         values.update(ravdess_path="archive/demo/corpus", bert_model="archive/demo/distilbert")
         folder, named = Path((values | given)["output_dir"]), given if "output_dir" in given else values
-        named["output_dir"] = str(folder if "demo" in folder.parts else folder / "demo")
+        own = [part for part in folder.parts if not part.startswith(("fold_", "noise_"))][-1:] == ["demo"]
+        named["output_dir"] = str(folder if own else folder / "demo")
     cfg = SimpleNamespace(**(values | given), given=sorted(given))
     cfg.cache_dir = cfg.output_dir  # shared by the runs of a cross-validation
     cfg.no_words, cfg.notes = "", []  # why a manifest's clips have no text; more marks
@@ -469,7 +470,7 @@ def find_corpus(cfg):
 
 def audio_files(folder):
     """(path, kind, codes) of all audio and video files under a folder; kind: speech, song, video or other."""
-    for root, folders, files in os.walk(folder):
+    for root, folders, files in os.walk(folder, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.endswith(UNFINISHED)
                             and (Path(root).name, name) != ("archive", "demo"))
         for path in (Path(root, file) for file in sorted(files)):
@@ -576,7 +577,6 @@ def adapt_settings(cfg, clips):
     bank = sentence_bank(cfg.sentences_csv, classes_of(clips))
     if lacking := [emotion for emotion in classes_of(clips) if emotion not in bank]:
         cfg.use_simulated_sentences = False
-        cfg.run_models = "cnn" if "cnn" in names_in(cfg.run_models) else ""
         cfg.no_words = (f"no sentences for {', '.join(lacking)}: add a column transcript to {cfg.manifest}, "
                         "or choose --sentences-csv or --no-use-simulated-sentences")
 
@@ -809,10 +809,10 @@ def read_sentences(path, emotions=EMOTIONS):
         emotion, sentence = line.values()
         words = tuple(words_in(sentence))
         refuse(path, number, {
-            f"{emotion!r} is none of {', '.join(emotions)}": emotion not in bank,
+            f"{emotion!r} is none of {', '.join(emotions)}": emotion not in {*bank, *EMOTIONS},
             "the sentence has no words": words == ("<unk>",),
             f"the sentence of line {seen.get(words)} again": words in seen}, advice)  # it could cross splits
-        bank[emotion].append(sentence)
+        bank.get(emotion, []).append(sentence)
         seen[words] = number
     for emotion, sentences in bank.items():
         if len(sentences) < 5:  # a fifth is tested, a fifth validates
@@ -876,20 +876,19 @@ def deal_emotions(clips, cfg):
     return emotions
 
 
-def load_whisper(cfg, device):
+def load_whisper(name, device, way_out="leave out --no-use-simulated-sentences"):
     """(module, model) of --whisper-model, a name (downloaded once) or a checkpoint file. Raises UserError."""
-    way_out = "or leave out --no-use-simulated-sentences"
-    whisper = load_package("whisper", f"pip install openai-whisper, {way_out}")
+    whisper = load_package("whisper", f"pip install openai-whisper, or {way_out}")
     try:
-        return whisper, whisper.load_model(cfg.whisper_model, device="cuda" if device == "cuda" else "cpu")
+        return whisper, whisper.load_model(name, device="cuda" if device == "cuda" else "cpu")
     except Exception as error:  # no such name, no network, or a file that is something else
-        raise UserError(f"--whisper-model {cfg.whisper_model} cannot be loaded ({type(error).__name__}): "
-                        f"name a Whisper checkpoint, {way_out}") from error
+        raise UserError(f"--whisper-model {name} cannot be loaded ({type(error).__name__}): "
+                        f"name a Whisper checkpoint, or {way_out}") from error
 
 
 def asks_whisper(cfg):
     """Whether clips are transcribed: no sentences are simulated, and some model reads words."""
-    return not cfg.use_simulated_sentences and names_in(cfg.run_models) != ["cnn"]
+    return not cfg.use_simulated_sentences and models_asked(cfg) != ["cnn"]
 
 
 def said_in(result):
@@ -927,7 +926,7 @@ def transcribe(clips, cfg, device):
     texts = cache.setdefault(f"{key}, silence is empty", {})  # as said_in has it
     todo = clips[~clips["digest"].isin(texts)].drop_duplicates("digest")
     if len(todo):
-        whisper, model = load_whisper(cfg, device)
+        whisper, model = load_whisper(cfg.whisper_model, device)
         size = 16 if model.device.type == "cuda" else 4
         for start in tqdm(range(0, len(todo), size), "Transcribing"):
             rows = todo.iloc[start:start + size]
@@ -1487,7 +1486,7 @@ def rows_of(cfg):
 
 def models_asked(cfg):
     """The names of the models that RUN_MODELS and FUSION ask for, parts first."""
-    asked = names_in(cfg.run_models)
+    asked = set(names_in(cfg.run_models)) & ({"cnn"} if cfg.no_words else set(MODELS))
     return [name for name in rows_of(cfg) if name in MODELS and name.replace("attention", "fusion") in asked]
 
 
@@ -1725,7 +1724,8 @@ def read_checkpoint(path):
             raise ValueError("not written by this script")
         return checkpoint
     except Exception as error:  # missing, truncated, foreign and hostile files raise many kinds
-        reason = f"is not a usable checkpoint ({type(error).__name__})"
+        missing = isinstance(error, FileNotFoundError)
+        reason = "does not exist" if missing else f"is not a usable checkpoint ({type(error).__name__})"
         raise UserError(f"{path} {reason}: {TRAIN_AGAIN}") from error
 
 
@@ -1920,7 +1920,8 @@ def combine(clips, cfg, device):
         missing = [ROWS[part].title for part in ROWS[name].parts if reasons[part]]
         reasons[name] = f"{' and '.join(missing)} did not run" if missing else ""
         if missing:
-            path.unlink(missing_ok=True)
+            for stale in (path, file_of(cfg, "weights", name)):
+                stale.unlink(missing_ok=True)
         elif len(ROWS[name].parts) == 2:
             save_table(path, combine_late(name, cfg), cfg)
         elif ROWS[name].how != "ensemble":  # which needs all runs
@@ -2299,7 +2300,7 @@ def meaning(cfg, classes):
 
 def printable(text):
     """A text with a question mark for every character that XML does not admit."""
-    return re.sub(r"[^\t\n\x20-\ud7ff\ue000-\ufffd]", "?", text)
+    return re.sub(r"[^\t\n\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "?", text)
 
 
 def add_table(document, table):
@@ -2328,7 +2329,7 @@ def write_document(title, sections, plots, figures, cfg):
     page.left_margin = page.right_margin = Cm(2)
     page.header.paragraphs[0].text = printable(
         "; ".join(marks(cfg)) or f"{Path(cfg.manifest).name or 'RAVDESS'}, unseen speakers")
-    document.add_heading(title, 0)
+    document.add_heading(printable(title), 0)
     sections = sections | {
         "Plots": plots,
         "What the figures mean, and what they do not": meaning(cfg, figures["classes"]),
@@ -2391,7 +2392,8 @@ def study_settings(cfg):
     """`cfg` itself, then in --phase study a copy for each other share of SENTENCE_NOISE, with its folder."""
     levels = [cfg]
     for noise in sorted({*NOISES} - {cfg.sentence_noise}) if cfg.phase == "study" else ():
-        named = {"phase": "all", "sentence_noise": noise, "output_dir": f"{cfg.output_dir}/noise_{noise}"}
+        named = {"phase": "all", "fusion": "both", "sentence_noise": noise,
+                 "output_dir": f"{cfg.output_dir}/noise_{noise}"}
         levels.append(SimpleNamespace(**vars(cfg) | named | {"given": sorted({*cfg.given, *named})}))
     return levels
 
@@ -2534,13 +2536,14 @@ def read_any(path):
 
 def downmix(recording, sampling_rate):
     """An array of one or more channels as float32 samples (n,), and its rate. Raises UserError."""
-    samples = np.asarray(recording)
-    if samples.ndim not in (1, 2) or samples.dtype.kind not in "if" or not sampling_rate:
-        raise UserError("a recording is a path, or an array of shape (n,), (n, channels) or (channels, n) "
-                        "with its sampling_rate in Hz")
-    scale = -float(np.iinfo(samples.dtype).min) if samples.dtype.kind == "i" else 1.0
+    samples, rate = np.asarray(recording), sampling_rate or 0
+    if samples.ndim not in (1, 2) or samples.dtype.kind not in "iuf" or not 1 <= rate < math.inf:
+        raise UserError("a recording is a path, or an array of numbers of shape (n,), (n, channels) or "
+                        "(channels, n) with its sampling_rate in Hz")
+    scale = 1.0 if samples.dtype.kind == "f" else 2.0 ** (8 * samples.dtype.itemsize - 1)
+    middle = scale if samples.dtype.kind == "u" else 0.0  # of 8-bit samples, 128
     samples = samples.mean(axis=int(np.argmin(samples.shape))) if samples.ndim == 2 else samples
-    return (samples / scale).astype(np.float32), int(sampling_rate)
+    return ((samples - middle) / scale).astype(np.float32), int(rate)
 
 
 class Predictor:
@@ -2550,11 +2553,15 @@ class Predictor:
     """
 
     def __init__(self, output_dir="outputs", device="cpu"):
-        folder = SimpleNamespace(output_dir=output_dir)
+        folder = SimpleNamespace(output_dir=output_dir, device=device)
         path, runs = file_of(folder, "checkpoint", "cnn"), sorted(Path(output_dir).glob("fold_*_seed_*"))
-        if runs and not path.exists():
+        several = []
+        with contextlib.suppress(UserError, LookupError, TypeError, AttributeError):
+            saved = read_back(Path(output_dir, "metrics.json"))["settings"]
+            several = runs_of(SimpleNamespace(**saved))[1:]  # a single one beside them is older
+        if runs and (several or not path.exists()):
             raise UserError(f"{output_dir} holds several runs: name one of them, --output-dir {runs[0]}")
-        self.checkpoint, self.device, self.loaded = read_checkpoint(path), device, {}
+        self.checkpoint, self.device, self.loaded = read_checkpoint(path), pick_device(folder), {}
         self.classes = self.checkpoint["classes"]
         self.cfg = SimpleNamespace(**self.checkpoint["config"] | vars(folder), notes=[])
         self.heard = SimpleNamespace(**vars(self.cfg) | {"use_simulated_sentences": False})  # for marks
@@ -2576,14 +2583,18 @@ class Predictor:
         return self.follow(windows, self.answers(windows))
 
     def load(self, name):
-        """(model, temperature), read once."""
+        """(model, checkpoint), read once. Raises UserError when it was not trained beside this AudioCNN."""
         if name not in self.loaded:
             path = file_of(self.cfg, "checkpoint", name)
-            checkpoint = read_checkpoint(path)
-            for key in ["classes"] + ["features"] * bool(MODELS[name].parts):  # words have no use for those
-                if checkpoint[key] != self.checkpoint[key]:
-                    raise UserError(f"{path} has other {key} than AudioCNN beside it: {TRAIN_AGAIN}")
-            self.loaded[name] = restore_model(path).to(self.device), checkpoint["temperature"]
+            checkpoint, own = read_checkpoint(path), self.checkpoint["fingerprint"]
+            mark = {key: own.get(key) for key in ("seed", "split", "folds")}
+            for part in (part for part in MODELS[name].parts if part in self.trained):
+                mark |= {f"{part} {key}": value for key, value in self.load(part)[1]["fingerprint"].items()}
+            change = differences(checkpoint["fingerprint"], mark)
+            if change or checkpoint["classes"] != self.classes:
+                raise UserError(f"{path} was not trained with the models beside it "
+                                f"({change or 'other classes'}): {TRAIN_AGAIN}")
+            self.loaded[name] = restore_model(path).to(self.device), checkpoint
         return self.loaded[name]
 
     def listen(self, recording, sampling_rate=None):
@@ -2616,14 +2627,18 @@ class Predictor:
                 row.how == "mean" or file_of(self.cfg, "weights", name).exists())]
         return [*self.trained, *late] if with_words else ["cnn"]
 
+    def source(self, name):
+        """The checkpoint that says how a row was trained: its own, or that of its text model."""
+        return self.load(name if name in MODELS else ROWS[name].parts[-1])[1]
+
     def score(self, clips, names):
         """Probabilities (N, C) by row, of clips or windows; parts stand before what is made of them."""
         found = {}
         for name in names:
             if name in MODELS:
-                model, temperature = self.load(name)
-                dataset = ClipDataset(clips, model, self.cfg, self.device)
-                found[name] = (predict(model, dataset) / temperature).softmax(dim=1).numpy()
+                model, checkpoint = self.load(name)
+                logits = predict(model, ClipDataset(clips, model, self.cfg, self.device))
+                found[name] = (logits / checkpoint["temperature"]).softmax(dim=1).numpy()
             else:
                 found[name] = fuse_late(name, found, self.cfg)
         return found
@@ -2642,9 +2657,9 @@ class Predictor:
             if len(windows):
                 values = np.average(probabilities, axis=0, weights=windows["voiced"])
                 found = self.classes[values.argmax()]
-            note = "trained on simulated sentences" * reads_oracle(name, self.cfg)
+            oracle = reads_oracle(name, SimpleNamespace(**self.source(name)["config"]))
             lines[ROWS[name].title] = {"predicted": found, **dict(zip(self.classes, values.tolist())),
-                                       "note": note}
+                                       "note": "trained on simulated sentences" * oracle}
         return pd.DataFrame.from_dict(lines, orient="index").rename_axis("model")
 
     def follow(self, windows, answers):
@@ -2660,11 +2675,14 @@ def words_of(path, predictor, cfg):
     if len(predictor.trained) == 1:
         return None, "no trained model reads words"
     if cfg.text:
-        return cfg.text, "--text"
+        return printable(cfg.text), "--text"
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "whisper")
-    if not (Path(cfg.whisper_model).is_file() or (cache / f"{cfg.whisper_model}.pt").exists()):
+    name = {"large": "large-v3", "turbo": "large-v3-turbo"}.get(cfg.whisper_model, cfg.whisper_model)
+    if not (Path(name).is_file() or (cache / f"{name}.pt").exists()):
         return None, "no --text, and no weights of Whisper here: audio alone"
-    whisper, model = load_whisper(cfg, predictor.device)
+    if "whisper" not in predictor.loaded:
+        predictor.loaded["whisper"] = load_whisper(name, predictor.device, "say with --text what is said")
+    whisper, model = predictor.loaded["whisper"]
     wave = prepare_samples(*read_any(path), 16000, math.inf)[0]
     return write_down([wave], whisper, model)[0], f"Whisper {cfg.whisper_model}"
 
@@ -2679,16 +2697,18 @@ def describe_recording(path, name, predictor, cfg):
     answers, table = predictor.answers(windows, text), ""
     summary, course = predictor.summarize(windows, answers), predictor.follow(windows, answers)
     if len(windows) > 1:
-        plain = re.sub(r"[^\w.-]", "_", name)  # a/b.wav and a_b.wav must not share a file
+        plain = re.sub(r"[^\w.-]", "_", name)[-100:]  # a/b.wav and a_b.wav must not share a file
         mark = "" if plain == name else f"-{digest(name)[:6]}"
         table = Path(cfg.output_dir, "recordings", f"{plain}{mark}.csv")
-        save_table(table, course, predictor.heard)
-        plot_over_time(table.with_suffix(".png"), path, course, predictor)
+        with only_warning():
+            save_table(table, course, predictor.heard)
+            plot_over_time(table.with_suffix(".png"), path, course, predictor)
     models = [{"model": title, "predicted": line["predicted"], "note": line["note"], "probabilities": {
         emotion: None if math.isnan(line[emotion]) else line[emotion] for emotion in predictor.classes}}
         for title, line in summary.to_dict("index").items()]
     return {"recording": name, "answer": models[0]["predicted"], "text": text, "text_source": source,
-            "models": models, "windows": course.to_dict("records"), "over_time": str(table)}
+            "models": models, "windows": course.to_dict("records"),
+            "over_time": str(table) if table and table.exists() else ""}
 
 
 def plot_over_time(path, recording, course, predictor):
@@ -2721,11 +2741,21 @@ def print_answer(answer):
         print(f"  Over time: {answer['over_time']} and .png beside it")
 
 
+@contextlib.contextmanager
+def only_warning():
+    """Say what went wrong and go on: an answer that cannot be written can still be given."""
+    try:
+        yield
+    except UserError as error:
+        print(f"warning: {error}", file=sys.stderr)
+
+
 def recordings_in(cfg):
     """The files of --input, a recording or a folder of them. Raises UserError when there are none."""
     path = Path(cfg.input)
     files = [path] if path.is_file() else sorted(
-        file for file in path.rglob("*") if file.suffix.lower() in RECORDINGS and cfg.input)
+        file for file in path.rglob("*") if cfg.input and file.suffix.lower() in RECORDINGS
+        and file.is_file() and not file.name.startswith("."))
     if not files:
         why = "holds no recordings" if path.exists() else "does not exist"
         raise UserError(f"--input {cfg.input!r} {why}: name a recording or a folder of them")
@@ -2735,9 +2765,10 @@ def recordings_in(cfg):
 def predict_phase(cfg):
     """Answer for a recording or a folder of them, on the console and in OUTPUT_DIR/recordings."""
     path, files = Path(cfg.input), recordings_in(cfg)
-    predictor, free = Predictor(cfg.output_dir, pick_device(cfg)), (*FREE, "whisper_model")
-    refuse_other_settings(cfg, vars(predictor.cfg), file_of(cfg, "checkpoint", "cnn"), free)
+    predictor = Predictor(cfg.output_dir, cfg.device)
+    refuse_other_training(cfg, predictor)
     names = [file.relative_to(path).as_posix() if path.is_dir() else file.name for file in files]
+    names = list(map(printable, names))
     bar = tqdm(files, "Recordings", disable=len(files) < 2)
     answers = [describe_recording(file, name, predictor, cfg) for file, name in zip(bar, names)]
     if path.is_file() and "error" in answers[0]:
@@ -2747,7 +2778,9 @@ def predict_phase(cfg):
                   "model": model.get("model"), "predicted": model.get("predicted"),
                   **model.get("probabilities", {}), "note": model.get("note")}
                  for answer in answers for model in answer["models"] or [{}]]
-        save_table(Path(cfg.output_dir, "recordings", "predictions.csv"), pd.DataFrame(lines), predictor.cfg)
+        with only_warning():
+            save_table(Path(cfg.output_dir, "recordings", "predictions.csv"), pd.DataFrame(lines),
+                       predictor.heard)
     if cfg.json:
         print(json.dumps(answers if path.is_dir() else answers[0], indent=1))
         return
@@ -2911,7 +2944,9 @@ def plan_training(clips, names, cfg, device, following=0):
             old = read_checkpoint(file_of(cfg, "checkpoint", name))
         before = f"{old['epochs']} epochs, validation UAR {old['scores']['uar']:.1%}" if old else ""
         if name not in todo:
-            file_of(cfg, "state", name).unlink(missing_ok=True)  # of a training killed in its last moment
+            state, done = file_of(cfg, "state", name), file_of(cfg, "checkpoint", name).stat().st_mtime
+            if state.exists() and state.stat().st_mtime <= done:  # of a training killed in its last moment
+                state.unlink()
             print(f"  {ROWS[name].title:24} reused ({before})")
             continue
         for part in MODELS[name].parts or [name]:
@@ -2936,12 +2971,23 @@ def described(cfg):
 FREE = "phase", "output_dir", "device", "download", "input", "text", "json"  # that shape no training
 
 
-def refuse_other_settings(cfg, saved, path, free=FREE):
+def refuse_other_settings(cfg, saved, path):
     """Raise a UserError when a flag that was given is not what a file was made with."""
-    for key in set(cfg.given).difference(free):
-        if getattr(cfg, key) != saved.get(key):
-            raise UserError(f"{flag_of(key, getattr(cfg, key))} contradicts {path} ({saved.get(key)}): leave "
-                            "that flag out or train with --phase all")
+    for key in set(cfg.given).difference(FREE):
+        value, other = getattr(cfg, key), saved.get(key)
+        if value != other and Path(str(value)).absolute() != Path(str(other)).absolute():  # ./a is a
+            raise UserError(f"{flag_of(key, value)} contradicts {path} ({other}): leave that flag out or "
+                            "train with --phase all")
+
+
+def refuse_other_training(cfg, predictor):
+    """Raise a UserError when a flag that was given would have made another AudioCNN than that of a folder."""
+    mark, flags = predictor.checkpoint["fingerprint"], {key: getattr(cfg, key) for key in cfg.given}
+    asked = SimpleNamespace(**vars(cfg) | vars(predictor.cfg) | flags)
+    if change := differences(mark, fingerprint(asked, "cnn")):
+        given = ", ".join(flag_of(key, value) for key, value in flags.items() if key not in FREE)
+        raise UserError(f"{given} contradicts {file_of(cfg, 'checkpoint', 'cnn')} ({change}): leave that out "
+                        "or train with --phase all")
 
 
 def report_phase(cfg):
@@ -2959,8 +3005,12 @@ def report_phase(cfg):
     for missing in (plot for plot in plot_paths({}, cfg) if not plot.exists()):
         raise UserError(f"{missing} is missing: make it with --phase data")
     for run, name in itertools.product(runs_of(cfg), MODELS):
-        if name in rows:
-            read_checkpoint(file_of(run, "checkpoint", name))
+        if name in rows and (reason := out_of_date(run, name)):
+            read_checkpoint(file_of(run, "checkpoint", name))  # has a sentence of its own where it is broken
+            raise UserError(f"{path} is not of the models beside it ({ROWS[name].title}: {reason}): make it "
+                            "again with --phase all")
+    if read_back(Path(cfg.output_dir, "audit.json")).get("audit") != figures["audit"]:
+        raise UserError(f"{path} is not of the data beside it, audit.json: make it again with --phase all")
     figures["pairs"] = [pair for pair in figures["pairs"] if {pair["row"], pair["against"]} <= set(rows)]
     study = read_study(rows, cfg)
 
@@ -2978,7 +3028,7 @@ def report_phase(cfg):
             plot_confusion(name, row, cfg)
         if has_docx():
             write_report(figures, rows, study, cfg)
-    key = digest(figures["rows"], saved, has_docx(), "" if study is None else study.to_csv())
+    key = digest(read_back(path), has_docx(), "" if study is None else study.to_csv())
     reuse("report", key, plot_paths(rows, cfg) + [Path(cfg.output_dir, REPORT)] * has_docx(), cfg, make)
     say_report(cfg)
 
@@ -3014,24 +3064,27 @@ def known_clips(clips, classes, cfg):
 
 def evaluate_phase(cfg):
     """Score the models of OUTPUT_DIR, as they were trained, on a foreign corpus; into a folder of its own."""
-    predictor = Predictor(cfg.output_dir, pick_device(cfg))
-    own = predictor.checkpoint
-    folder = Path(cfg.output_dir, f"evaluation_{Path(cfg.manifest).stem}")
-    same = Path(own["config"].get("manifest") or ".").resolve() == Path(cfg.manifest).resolve()
-    work = SimpleNamespace(**vars(cfg) | own["features"] | {
-        "output_dir": str(folder), "cache_dir": str(folder), "use_simulated_sentences": False,
-        "split": "speaker", "notes": [
-            f"models of {cfg.output_dir} on another corpus",
-            *["trained on clips of this very table: the figures flatter"] * same,
-            *(f"in training: {mark}" for mark in own["marks"])]})
+    predictor = Predictor(cfg.output_dir, cfg.device)
+    refuse_other_training(cfg, predictor)
+    own, here = predictor.checkpoint, Path(cfg.manifest).resolve()
     clips, audit = index_manifest(cfg.manifest)
     clips, shared = known_clips(clips, own["classes"], cfg)
+    names = predictor.rows("transcript" in clips)
+    sources = [marks(predictor.heard), *(predictor.source(name)["marks"] for name in names if name != "cnn")]
+    folder = Path(cfg.output_dir, f"evaluation_{here.stem}")
+    work = SimpleNamespace(**vars(predictor.cfg) | {
+        "phase": "evaluate", "manifest": cfg.manifest, "given": cfg.given, "split": "speaker",
+        "output_dir": str(folder), "cache_dir": str(folder), "demo": False, "use_simulated_sentences": False,
+        "notes": [
+            f"models of {cfg.output_dir} on another corpus",
+            *["trained on clips of this very table: the figures flatter"] * (
+                here == Path(own["config"].get("manifest") or ".").resolve()),
+            *(f"in training: {mark}" for mark in dict.fromkeys(itertools.chain(*sources)))]})
     clips = add_features(clips, audit, work)
     sentences = [*describe_audit(clips, audit), shared]
     print("\n".join(sentences))
     for old in [*folder.glob("plots/*.png"), *folder.glob("predictions/*.csv"), *folder.glob("*.docx")]:
         old.unlink()
-    names = predictor.rows("transcript" in clips)
     rows = {name: {"title": ROWS[name].title, "status": "run" if name in names else
                    f"not run: {cfg.manifest} has no column transcript"} for name in predictor.rows()}
     answers = predictor.score(clips, names)
@@ -3066,7 +3119,8 @@ def report_foreign(figures, cfg):
 @contextlib.contextmanager
 def locked(cfg):
     """Keep other runs out of all folders that this one writes to, until it ends or is killed."""
-    levels = study_settings(cfg) if cfg.phase != "report" or Path(cfg.output_dir).exists() else []
+    reads = cfg.phase in ("report", "evaluate")
+    levels = study_settings(cfg) if Path(cfg.output_dir).exists() or not reads else []
     with contextlib.ExitStack() as locks:
         for folder in dict.fromkeys(run.output_dir for level in levels for run in [level, *runs_of(level)]):
             try:
@@ -3118,6 +3172,7 @@ def main(argv=None):
     """Run the phases that the settings ask for; `argv` as on the command line. Raises UserError."""
     cfg = parse_settings(argv)
     plt.rcParams["text.parse_math"] = False  # a dollar in a name is a dollar
+    sys.stderr = sys.stderr or io.StringIO()  # closed; tqdm would stumble
     if not in_kernel():
         plt.switch_backend("agg")
         with contextlib.suppress(AttributeError):

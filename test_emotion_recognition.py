@@ -73,7 +73,7 @@ def touch(folder, *names):
     """Write files that differ from each other; only their names matter."""
     for path in (Path(folder, name) for name in names):
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(str(path).encode())
+        path.write_bytes(os.fsencode(path))
 
 
 def contents(folder):
@@ -535,6 +535,7 @@ def speech(rate=RATE):
 
 
 def written(path, samples, rate=RATE, subtype="PCM_16"):
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     soundfile.write(path, samples, rate, subtype)
     return Path(path)
 
@@ -1104,6 +1105,18 @@ def test_report_needs_neither_corpus_nor_model(copied, monkeypatch):
     assert DOCUMENT.exists() and (OUTPUT / "plots/comparison.png").exists()
 
 
+def test_a_report_of_other_models_or_data_is_refused(copied, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt(patch, er, "evaluate", 1)  # the model is there, its figures are not
+        er.main([*DEMO, "--phase", "unimodal", "--run-models", "rnn", "--epochs-rnn", "2"])
+    with pytest.raises(er.UserError, match=r"metrics.json .* models beside it \(TextRNN: epochs 2 -> 1\)"):
+        er.main(["--demo", "--phase", "report"])
+    er.main([*DEMO, "--phase", "unimodal", "--run-models", "rnn"])
+    er.main([*DEMO, "--phase", "data", "--folds", "1"])
+    with pytest.raises(er.UserError, match=r"metrics.json .* data beside it, audit.json.*--phase all"):
+        er.main(["--demo", "--phase", "report"])
+
+
 def test_without_python_docx_only_the_docx_is_left_out(copied, monkeypatch, capsys):
     real = er.importlib.util.find_spec
     for plot in ("plot_curves", "plot_comparison", "plot_reliability", "plot_confusion"):  # they are there
@@ -1304,16 +1317,86 @@ def test_prediction_needs_nothing_but_checkpoints(copied):
     assert "TextBERT (trained on simulated sentences): " in done.stdout
 
 
-@pytest.mark.parametrize("key, value", [("classes", ["a"] * 8), ("features", {"n_mels": 80})])
+@pytest.mark.parametrize("key, value", [("classes", ["a"] * 8), ("fingerprint", {"cnn epochs": "9"})])
 def test_a_fused_model_that_does_not_fit_audio_cnn_is_refused(key, value, copied):
     path = OUTPUT / "EarlyFusion_RNN_best.pth"
     checkpoint = torch.load(path, weights_only=True)
+    value = checkpoint[key] | value if key == "fingerprint" else value
     torch.save(checkpoint | {key: value}, "other.pth")
     shutil.move("other.pth", path)
     predictor = er.Predictor(OUTPUT)
     assert predictor.predict(speech(), RATE)["predicted"].iloc[0] in er.EMOTIONS
-    with pytest.raises(er.UserError, match=f"EarlyFusion_RNN_best.pth has other {key} than AudioCNN"):
+    with pytest.raises(er.UserError, match=r"EarlyFusion_RNN_best.pth was not trained with the models"):
         predictor.predict(speech(), RATE, text="What a day.")
+
+
+def test_audio_cnn_trained_anew_alone_leaves_no_weights_of_learned_fusion(copied):
+    er.main([*DEMO, "--phase", "unimodal", "--run-models", "cnn", "--dropout", "0.3"])
+    assert not list(OUTPUT.glob("LearnedFusion_*.json"))
+    with pytest.raises(er.UserError, match=r"_best.pth was not trained with the models beside it .*dropout"):
+        er.Predictor(OUTPUT).predict(speech(), RATE, text="What a day.")
+
+
+def test_each_answer_says_what_its_own_words_were(copied):
+    path = OUTPUT / "TextRNN_best.pth"
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["config"]["use_simulated_sentences"] = False
+    torch.save(checkpoint, path)
+    notes = er.Predictor(OUTPUT).predict(speech(), RATE, text="What a day.")["note"]
+    assert set(notes.index[notes == ""]) == {er.ROWS[name].title for name in (
+        "cnn", "rnn", "late_rnn", "learned_rnn")}
+
+
+@pytest.mark.parametrize("flags", ["--fusion concat --epochs-fusion 3", "--test-views 3 --run-models cnn",
+                                   "--no-use-simulated-sentences"])
+def test_flags_that_do_not_concern_audio_cnn_may_stay_when_predicting(flags, copied, capsys):
+    written("a.wav", speech())
+    er.main([*DEMO, *flags.split(), "--phase", "predict", "--input", "a.wav"])
+    assert "a.wav: " in capsys.readouterr().out
+
+
+def test_an_answer_that_cannot_be_written_is_still_given(copied, capsys):
+    written("own/long.wav", np.tile(speech(), 8))
+    touch(OUTPUT, "recordings")  # a file where the folder would be
+    er.main(["--demo", "--phase", "predict", "--input", "own", "--json"])
+    output = capsys.readouterr()
+    (answer,) = json.loads(output.out)
+    assert answer["answer"] in er.EMOTIONS and answer["windows"] and not answer["over_time"]
+    assert output.err.count("warning: outputs/demo/recordings/") == 2 and "cannot be written" in output.err
+
+
+def test_names_and_words_that_are_no_text_are_answered(copied, capsys):
+    names = ["b" * 240 + ".wav", "folder.wav/c.wav"]
+    for name in [*names, ".hidden.wav"]:
+        written(f"own/{name}", np.tile(speech(), 8))
+    touch("own", os.fsdecode(b"a\xff.wav"))
+    er.main(["--demo", "--phase", "predict", "--input", "own", "--text", os.fsdecode(b"\xff hi")])
+    table = pd.read_csv(OUTPUT / "recordings/predictions.csv", keep_default_na=False)
+    assert set(table.loc[table["error"] == "", "recording"]) == set(names)
+    assert set(table.loc[table["error"] != "", "recording"]) == {"a?.wav"}
+    assert len(list((OUTPUT / "recordings").glob("*.png"))) == 2
+
+
+@pytest.mark.parametrize(("dtype", "middle", "scale"), [("uint8", 128, 127), ("int16", 0, 32767),
+                                                        ("float64", 0, 1)])
+def test_arrays_of_any_type_are_the_same_recording(dtype, middle, scale, demo):
+    samples, rate = er.downmix((speech() * scale + middle).astype(dtype), RATE)
+    assert rate == RATE and np.allclose(samples, speech(), atol=0.02)
+
+
+@pytest.mark.parametrize("rate", [None, 0, -1, 0.5, math.inf, math.nan])
+def test_an_array_needs_a_sampling_rate(rate):
+    with pytest.raises(er.UserError, match="sampling_rate in Hz"):
+        er.downmix(speech(), rate)
+
+
+def test_a_single_run_beside_a_newer_cross_validation_does_not_answer(copied):
+    figures = read_json(OUTPUT / "metrics.json")
+    figures["settings"]["folds"] = "0,1"
+    er.save(OUTPUT / "metrics.json", figures)
+    (OUTPUT / "fold_0_seed_42").mkdir()
+    with pytest.raises(er.UserError, match=r"several runs: name one of them, --output-dir .*fold_0_seed_42"):
+        er.Predictor(OUTPUT)
 
 
 def test_whisper_is_asked_only_when_its_weights_are_there(copied, capsys, request):
@@ -1558,32 +1641,28 @@ def test_trained_models_are_scored_on_the_emotions_that_another_corpus_shares(ev
         "comparison", "reliability", *(f"confusion_{stem}" for stem in STEMS.values())}
 
 
-@pytest.mark.parametrize("name", ["cnn", "fusion_rnn", "late_rnn", "learned_rnn"])
-def test_a_foreign_answer_is_that_of_the_checkpoint_renormalised(name, evaluated):
+def test_a_foreign_answer_is_that_of_the_checkpoint_renormalised(evaluated):
     cfg = config(output_dir=OUTPUT)
     clips, audit = er.index_manifest("own/corpus.csv")
     clips = er.add_features(clips[clips["emotion"] != "odd"], audit, cfg)
-
-    def answers(model):
-        checkpoint = torch.load(er.file_of(cfg, "checkpoint", model), weights_only=True)
-        model = er.restore_model(er.file_of(cfg, "checkpoint", model))
+    expected, weights = {}, read_json(OUTPUT / "LearnedFusion_RNN.json")
+    for name in ("cnn", "rnn", "fusion_rnn"):
+        checkpoint = torch.load(er.file_of(cfg, "checkpoint", name), weights_only=True)
+        model = er.restore_model(er.file_of(cfg, "checkpoint", name))
         logits = er.predict(model, er.ClipDataset(clips, model, cfg, "cpu"))
-        return (logits / checkpoint["temperature"]).softmax(dim=1)
-    if name in er.MODELS:
-        expected = answers(name)
-    else:
-        parts = [answers(part) for part in ("cnn", "rnn")]
-        weights = read_json(OUTPUT / "LearnedFusion_RNN.json")
-        expected = sum(parts) if name == "late_rnn" else torch.exp(
-            weights["cnn"] * parts[0].log() + weights["rnn"] * parts[1].log())
-    expected = expected[:, [er.EMOTIONS.index("happy"), er.EMOTIONS.index("sad")]]
-    table = er.read_predictions(config(output_dir=FOREIGN), name).set_index("clip").loc[clips["clip"]]
-    assert np.allclose(table[["happy", "sad"]], expected / expected.sum(dim=1, keepdim=True), atol=1e-5)
+        expected[name] = (logits / checkpoint["temperature"]).softmax(dim=1)
+    expected["late_rnn"] = expected["cnn"] + expected["rnn"]
+    expected["learned_rnn"] = torch.exp(sum(weights[part] * expected[part].log() for part in ("cnn", "rnn")))
+    for name, values in expected.items():
+        values = values[:, [er.EMOTIONS.index("happy"), er.EMOTIONS.index("sad")]]
+        table = er.read_predictions(config(output_dir=FOREIGN), name).set_index("clip").loc[clips["clip"]]
+        assert np.allclose(table[["happy", "sad"]], values / values.sum(dim=1, keepdim=True), atol=1e-5), name
 
 
-def test_a_foreign_corpus_without_words_is_only_heard_with_the_features_of_the_checkpoint(copied):
+def test_a_foreign_corpus_without_words_is_only_heard_as_in_training(copied, monkeypatch):
     command = own_corpus(["happy", "sad"], speaker=lambda *_: "")
-    er.main([*command, "--output-dir", str(OUTPUT), "--phase", "evaluate", "--n-mels", "32"])
+    monkeypatch.setattr(er, "N_MELS", 32)
+    er.main([*command, "--output-dir", str(OUTPUT), "--phase", "evaluate"])
     figures = read_json(FOREIGN / "metrics.json")
     assert figures["rows"].pop("cnn")["status"] == "run" and figures["settings"]["n_mels"] == 64
     assert {row["status"] for row in figures["rows"].values()} == {
@@ -1647,6 +1726,15 @@ def test_an_interrupted_training_goes_on_to_the_same_weights(name, demo, monkeyp
     assert capsys.readouterr().out.count("goes on after epoch 2 of 3") == 2
     assert_same_training(name, "whole", "parts")
     assert not state.exists() and len(pd.read_csv(f"parts/histories/{STEMS[name]}.csv")) == 3
+
+
+def test_the_state_of_a_longer_training_outlives_a_run_that_reuses_the_shorter_one(copied, monkeypatch):
+    command = [*DEMO, "--phase", "unimodal", "--run-models", "rnn"]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt(patch, er, "predict", 2)
+        er.main([*command, "--epochs-rnn", "3"])
+    er.main(command)
+    assert (OUTPUT / "TextRNN_training.pth").exists()
 
 
 def test_the_frozen_parts_of_a_fusion_are_not_in_its_state(demo, monkeypatch):
@@ -2351,14 +2439,17 @@ ONE_SENTENCE = {  # what is wrong: (command line, what the sentence must name, h
     "manifest, study of transcripts": (f"{OWN_CSV} --phase study", "--phase study|m.csv|transcripts",
                                        third("b.wav,sad,1,So", header="path,emotion,speaker,transcript")),
     "evaluate, no manifest": ("--phase evaluate", "--phase evaluate|--manifest"),
+    "evaluate, other settings": (
+        f"--manifest own/corpus.csv --phase evaluate --output-dir {OUTPUT} --n-mels 32",
+        f"--n-mels 32|{CNN}|n_mels 64 -> 32", lambda _: own_corpus(["happy", "sad"])),
     "evaluate, no model": (f"{OWN_CSV} --phase evaluate --output-dir none", "AudioCNN_best.pth|--output-dir"),
     "evaluate, nothing in common": (
         f"{OWN_CSV} --phase evaluate --output-dir {OUTPUT}", "m.csv|no emotion|neutral",
         lambda _: manifest("a.wav,odd", "b.wav,bored", header="path,emotion")),
     "manifest, sentences of others": (
-        f"{OWN_CSV} --sentences-csv s.csv", "s.csv line 3|'calm' is none of happy, sad|--sentences-csv",
+        f"{OWN_CSV} --sentences-csv s.csv", "s.csv line 3|'odd' is none of happy, sad|--sentences-csv",
         lambda patch: (third("b.wav,sad,1,train")(patch),
-                       write_sentences("s.csv", "calm,Well.", emotions=["happy", "sad"]))),
+                       write_sentences("s.csv", "odd,Well.", emotions=["happy", "sad"]))),
     "Whisper of text": (f"{WHISPER} a.pt", "--whisper-model a.pt", lambda _: touch(".", "a.pt")),
     "Whisper of others": (f"{WHISPER} a.pt", "--whisper-model a.pt", lambda _: torch.save({"a": 1}, "a.pt")),
 }
