@@ -1672,7 +1672,7 @@ def test_a_foreign_corpus_without_words_is_only_heard_as_in_training(copied, mon
 
 # %% Resuming
 PROCESSES = multiprocessing.get_context("forkserver")  # they import the script once, not each
-PROCESSES.set_forkserver_preload(["emotion_recognition"])
+PROCESSES.set_forkserver_preload(["emotion_recognition", "torch._dynamo"])
 
 
 def unfinished(demo, folder, epochs=3):
@@ -1805,8 +1805,8 @@ def test_a_state_that_does_not_fit_is_passed_over_and_training_starts_anew(case,
 
 
 def test_a_run_that_is_killed_ten_times_ends_like_one_that_is_not(finished, tmp_path, monkeypatch):
-    command = [*"--device cpu --phase fusion --run-models cnn,rnn,fusion_rnn --epochs-cnn 4".split(),
-               *"--epochs-rnn 6 --epochs-fusion 4 --ravdess-path".split(), str(finished / CORPUS)]
+    command = [*"--device cpu --phase fusion --run-models cnn,rnn,fusion_rnn --epochs-cnn 3".split(),
+               *"--epochs-rnn 3 --epochs-fusion 3 --ravdess-path".split(), str(finished / CORPUS)]
 
     def run(seconds=None):
         """The exit code of the command in a new process, which is killed after so many seconds."""
@@ -1993,7 +1993,7 @@ def test_the_script_is_a_notebook():
     """The demo by constants, figures inline; edited constants, %run and import work; errors are sentences."""
     source = SCRIPT.read_text(encoding="utf-8").replace("actors=range(1, 25)", "actors=range(1, 7)")
     epochs = {name: 1 for name in er.SETTINGS if name.startswith("EPOCHS")}
-    for name, value in (epochs | {"DEMO": True, "DEVICE": "cpu"}).items():
+    for name, value in (epochs | {"DEMO": True, "RUN_MODELS": "cnn,rnn,fusion_rnn"}).items():
         source, count = re.subn(rf"^{name} = \S+", f"{name} = {value!r}", source, flags=re.MULTILINE)
         assert count == 1, name
     notebook = jupytext.reads(source, fmt="py:percent")
@@ -2005,7 +2005,7 @@ def test_the_script_is_a_notebook():
     notebook.cells += [nbformat.v4.new_code_cell(cell) for cell in more]
     nbclient.NotebookClient(notebook, timeout=280, kernel_name="python3", allow_errors=True).execute()
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
-    assert sum("image/png" in output.get("data", {}) for output in outputs) >= 11 and DOCUMENT.exists()
+    assert sum("image/png" in output.get("data", {}) for output in outputs) >= 10 and DOCUMENT.exists()
     errors = [output for output in outputs if output["output_type"] == "error"]
     assert [error["ename"] for error in errors] == ["UserError"] * 2, errors
     for error in errors:
