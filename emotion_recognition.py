@@ -2982,10 +2982,11 @@ def refuse_other_settings(cfg, saved, path):
 
 def refuse_other_training(cfg, predictor):
     """Raise a UserError when a flag that was given would have made another AudioCNN than that of a folder."""
-    mark, flags = predictor.checkpoint["fingerprint"], {key: getattr(cfg, key) for key in cfg.given}
+    flags = {key: getattr(cfg, key) for key in cfg.given if key not in FREE}
     asked = SimpleNamespace(**vars(cfg) | vars(predictor.cfg) | flags)
-    if change := differences(mark, fingerprint(asked, "cnn")):
-        given = ", ".join(flag_of(key, value) for key, value in flags.items() if key not in FREE)
+    change = differences(predictor.checkpoint["fingerprint"], fingerprint(asked, "cnn"))
+    if flags and change:
+        given = ", ".join(flag_of(key, value) for key, value in flags.items())
         raise UserError(f"{given} contradicts {file_of(cfg, 'checkpoint', 'cnn')} ({change}): leave that out "
                         "or train with --phase all")
 
@@ -3072,6 +3073,10 @@ def evaluate_phase(cfg):
     names = predictor.rows("transcript" in clips)
     sources = [marks(predictor.heard), *(predictor.source(name)["marks"] for name in names if name != "cnn")]
     folder = Path(cfg.output_dir, f"evaluation_{here.stem}")
+    if (folder / "metrics.json").exists():
+        other = read_back(folder / "metrics.json")["settings"]["manifest"]
+        if here != Path(other).resolve():
+            raise UserError(f"{folder} holds the figures of {other}: move it away, or rename {cfg.manifest}")
     work = SimpleNamespace(**vars(predictor.cfg) | {
         "phase": "evaluate", "manifest": cfg.manifest, "given": cfg.given, "split": "speaker",
         "output_dir": str(folder), "cache_dir": str(folder), "demo": False, "use_simulated_sentences": False,

@@ -845,7 +845,7 @@ def test_any_transcript_has_an_answer(name, text, demo):
     assert model(batch_of(model, clips[:2].assign(transcript=text), cfg)).isfinite().all()
 
 
-@pytest.fixture(params=[name for name, row in er.MODELS.items() if row.parts])
+@pytest.fixture(scope="session", params=[name for name, row in er.MODELS.items() if row.parts])
 def fusion(request, demo):
     """(a new model of early fusion with a head that is not at its start, a batch of clips)."""
     name, cfg, clips = request.param, demo[0], demo[1][:16]
@@ -1060,9 +1060,7 @@ def test_the_study_trains_the_words_anew_at_every_noise_and_resumes(copied, trai
     text = "\n".join(part.text for part in docx.Document(DOCUMENT).paragraphs)
     assert "How reliable must words be" in text and (OUTPUT / "plots/study.png").stat().st_size > 5000
     er.main([*DEMO, "--phase", "fusion", "--epochs-rnn", "2"])  # figures that the study does not know
-    er.main(["--demo", "--phase", "report"])
-    text = "\n".join(part.text for part in docx.Document(DOCUMENT).paragraphs)
-    assert "How reliable must words be" not in text
+    assert er.read_study(read_json(OUTPUT / "metrics.json")["rows"], er.parse_settings(STUDY)) is None
 
 
 def test_a_study_needs_sound_to_compare_words_with():
@@ -1668,6 +1666,14 @@ def test_a_foreign_corpus_without_words_is_only_heard_as_in_training(copied, mon
     assert {row["status"] for row in figures["rows"].values()} == {
         "not run: own/corpus.csv has no column transcript"}
     assert "intervals draw single clips" in str(figures["audit"])
+
+
+def test_tables_of_the_same_name_do_not_overwrite_each_others_figures(evaluated):
+    shutil.copytree("own", "other")
+    before = contents(OUTPUT)
+    with pytest.raises(er.UserError, match=r"evaluation_corpus holds the figures of own/corpus.csv: move"):
+        er.main(["--manifest", "other/corpus.csv", "--output-dir", str(OUTPUT), "--phase", "evaluate"])
+    assert contents(OUTPUT) == before
 
 
 # %% Resuming
