@@ -1510,8 +1510,8 @@ def training_precision(device):
 def build_model(name, clips, cfg, device):
     """A model ready for training: seeded, with its vocabulary, pretrained encoder or trained parts."""
     torch.manual_seed(cfg.seed)
-    row, dropout, weights = MODELS[name], settings_for(cfg, name)["dropout"], {}
-    spec = {"classes": len(classes_of(clips)), "dropout": dropout}
+    row, weights = MODELS[name], {}
+    spec = {"classes": len(classes_of(clips)), "dropout": settings_for(cfg, name)["dropout"]}
     if name == "bert":
         config, tokenizer, pretrained = load_text_encoder(cfg.bert_model)
         spec |= {"config": config, "tokenizer": tokenizer, "max_tokens": cfg.max_tokens}
@@ -1521,8 +1521,7 @@ def build_model(name, clips, cfg, device):
         spec |= {"vocabulary": ["<pad>", "<unk>", *sorted(words)], "max_tokens": cfg.max_tokens}
     elif row.parts:
         parts = {part: restore_model(file_of(cfg, "checkpoint", part)) for part in row.parts}
-        spec |= {"parts": {part: trained.spec for part, trained in parts.items()},
-                 "fusion": row.how}
+        spec |= {"parts": {part: trained.spec for part, trained in parts.items()}, "fusion": row.how}
         weights = {f"encoders.{part}": trained for part, trained in parts.items()}
     model = row.kind(**spec)
     for module, source in weights.items():
@@ -1688,14 +1687,14 @@ def score(probabilities, true, classes):
     probabilities = np.clip(probabilities, 1e-7, 1)
     probabilities = probabilities / probabilities.sum(axis=1, keepdims=True)
     found, labels = probabilities.argmax(axis=1), list(range(len(classes)))
-    options = {"labels": labels, "zero_division": 0}
-    report = metrics.classification_report(true, found, target_names=classes, output_dict=True, **options)
+    report = metrics.classification_report(true, found, labels=labels, target_names=classes,
+                                           output_dict=True, zero_division=0)
     return {
         "clips": len(true), "accuracy": float((found == true).mean()), "uar": recall(true, found),
         "macro_f1": float(report["macro avg"]["f1-score"]),
         "nll": float(metrics.log_loss(true, probabilities, labels=labels)),
-        "ece": calibration_error(probabilities, np.asarray(true)),
-        "reliability": reliability(probabilities, np.asarray(true)).tolist(),
+        "ece": calibration_error(probabilities, true),
+        "reliability": reliability(probabilities, true).tolist(),
         "per_class": {e: {key: float(value) for key, value in report[e].items()} for e in classes},
         "confusion": metrics.confusion_matrix(true, found, labels=labels).tolist(),
     }
@@ -1765,7 +1764,7 @@ def folder_digest(folder):
 
 def differences(old, new):
     """What changed between two fingerprints, as text; empty when nothing did."""
-    return ", ".join(f"{key} {old.get(key)} -> {new[key]}" if not key.endswith("data") else f"{key} changed"
+    return ", ".join(f"{key} changed" if key.endswith("data") else f"{key} {old.get(key)} -> {new[key]}"
                      for key in new if old.get(key) != new[key])
 
 
@@ -1804,8 +1803,8 @@ def train_model(name, clips, cfg, device):
     classes = classes_of(clips)
     if path.exists():  # first, so that no checkpoint ever stands beside the files of another
         path.replace(path.with_suffix(".previous.pth"))
-    for kind, content in (("history", history), ("predictions", table)):
-        save_table(file_of(cfg, kind, name), content, cfg)
+    save_table(file_of(cfg, "history", name), history, cfg)
+    save_table(file_of(cfg, "predictions", name), table, cfg)
     with replacing(path) as temporary:
         torch.save({
             "model": name, "spec": model.spec, "weights": model.state_dict(), "classes": classes,
@@ -1875,15 +1874,14 @@ def fit_fusion_weights(logs, labels):
 
 def combine_late(name, cfg):
     """Late fusion as a predictions table: the mean of two rows' probabilities, or with learned weights."""
-    parts = ROWS[name].parts
-    tables = [read_predictions(cfg, part) for part in parts]
-    probabilities, table = [probabilities_of(table) for table in tables], tables[-1]
+    tables = [read_predictions(cfg, part) for part in ROWS[name].parts]
+    found, table = dict(zip(ROWS[name].parts, map(probabilities_of, tables))), tables[-1]
     if ROWS[name].how == "learned":
         held_out = (table["split"] == "validation").to_numpy()
-        logs = np.log(np.stack(probabilities)[:, held_out].clip(1e-7))
+        logs = np.log(np.stack(list(found.values()))[:, held_out].clip(1e-7))
         weights = fit_fusion_weights(logs, labels_of(table)[held_out]).tolist()
-        save(file_of(cfg, "weights", name), dict(zip(parts, weights)))
-    return with_probabilities(table, fuse_late(name, dict(zip(parts, probabilities)), cfg))
+        save(file_of(cfg, "weights", name), dict(zip(found, weights)))
+    return with_probabilities(table, fuse_late(name, found, cfg))
 
 
 def fuse_late(name, found, cfg):
@@ -1913,9 +1911,9 @@ def combine(clips, cfg, device):
     for name in rows_of(cfg):
         path = file_of(cfg, "predictions", name)
         if name in MODELS:
-            reason = out_of_date(cfg, name, clips)
-            left_out = cfg.no_words or "left out by --run-models"
-            reasons[name] = left_out if reason and name not in asked else reason
+            reasons[name] = out_of_date(cfg, name, clips)
+            if reasons[name] and name not in asked:
+                reasons[name] = cfg.no_words or "left out by --run-models"
             continue
         missing = [ROWS[part].title for part in ROWS[name].parts if reasons[part]]
         reasons[name] = f"{' and '.join(missing)} did not run" if missing else ""
@@ -1938,8 +1936,7 @@ def pooled(name, runs, tables):
     for cfg, clips in zip(runs, tables):
         traits = clips.filter(["clip", "actor", "transcript", "intensity", "sex"])
         part = read_predictions(cfg, name).drop(columns="actor").merge(traits, on="clip")
-        part = part.replace({"intensity": INTENSITIES})
-        parts.append(part.assign(fold=int(cfg.folds), seed=cfg.seed))
+        parts.append(part.replace({"intensity": INTENSITIES}).assign(fold=int(cfg.folds), seed=cfg.seed))
     return pd.concat(parts).sort_values(["seed", "clip"], ignore_index=True)
 
 
@@ -2007,7 +2004,7 @@ def figures_of(table, draws, unseen):
 
 def evaluate(runs, tables, reasons, audit, cfg):
     """Score every row on the predictions of all runs, pooled; writes metrics.json and config.json."""
-    rows, tests, draws, folder = {}, {}, {}, Path(cfg.output_dir)
+    rows, draws, folder = {}, {}, Path(cfg.output_dir)
     unseen = unseen_actors(sorted(tables[0]["actor"].unique().tolist())) if cfg.split == "speaker" else []
     sentences = sorted(set().union(*(clips["transcript"] for clips in tables)))
     for old in folder.glob("predictions/*_out_of_fold.csv"):
@@ -2022,26 +2019,28 @@ def evaluate(runs, tables, reasons, audit, cfg):
             continue
         table = pooled(part, runs, tables)
         table = table if name == part else ensemble(table)
-        tests[name] = test = table[table["split"] == "test"]
+        test, draws[name] = table[table["split"] == "test"], {}
         for by_sentence in {oracle, cfg.use_simulated_sentences}:  # a pair of rows needs the same draws
             weights = resampled(voices_of(test))
             weights = weights * resampled(test["transcript"], sentences) if by_sentence else weights
-            draws[name, by_sentence] = weighted_uar(weights, test)
-        rows[name] |= figures_of(table, draws[name, oracle], unseen)
+            draws[name][by_sentence] = weighted_uar(weights, test)
+        rows[name] |= figures_of(table, draws[name][oracle], unseen)
         if len(runs) > 1:
             save_table(file_of(cfg, "out_of_fold", name), test, cfg)
     pairs = []
-    for first, second in itertools.combinations(tests, 2):
+    for first, second in itertools.combinations(draws, 2):
         oracle = reads_oracle(first, cfg) or reads_oracle(second, cfg)
-        low, high = np.quantile(draws[first, oracle] - draws[second, oracle], (0.025, 0.975))
+        low, high = np.quantile(draws[first][oracle] - draws[second][oracle], (0.025, 0.975))
         difference = rows[first]["test"]["uar"] - rows[second]["test"]["uar"]
         pairs.append({"row": first, "against": second, "difference": difference, "difference_low": low,
                       "difference_high": high})
     alone = {name: rows.pop(name) for name in list(rows) if ROWS[name].how in ("audio", "text")}
-    with contextlib.suppress(UserError, KeyError, TypeError):
-        if read_back(folder / "metrics.json")["rows"] != rows:  # no report may pass for that of these figures
-            for old in {folder / REPORT, *folder.glob("plots/*.png")}.difference(plot_paths({}, cfg)):
-                old.unlink(missing_ok=True)
+    before = {}
+    with contextlib.suppress(UserError, LookupError, TypeError):
+        before = read_back(folder / "metrics.json")["rows"]
+    if before != rows:  # no report may pass for that of these figures
+        for old in {folder / REPORT, *folder.glob("plots/*.png")}.difference(plot_paths({}, cfg)):
+            old.unlink(missing_ok=True)
     figures = described(cfg) | {"classes": classes_of(tables[0]), "audit": audit, "rows": rows,
                                 "alone": alone, "pairs": pairs, "unseen_actors": unseen}
     save(folder / "metrics.json", figures)
@@ -2070,13 +2069,12 @@ def result_tables(figures, several):
     if not several:
         tables.popitem()
     rows, missing = figures["rows"] | figures["alone"], []
-    for name in figures["rows"]:
-        parts = ROWS[name].parts
-        if len(parts) == 2 and rows[name]["status"] == "run":
-            names = [name, *([f"{name}_audio", f"{name}_text"] if ROWS[name].kind else parts)]  # late: parts
-            missing.append({"model": rows[name]["title"]} | {
-                kind: f"{rows[key]['uar']:.1%}"
-                for kind, key in zip(("both", "audio only", "text only"), names)})
+    for name, row in figures["rows"].items():
+        if len(ROWS[name].parts) == 2 and row["status"] == "run":
+            audio, text = (f"{name}_audio", f"{name}_text") if ROWS[name].kind else ROWS[name].parts
+            keys = {"both": name, "audio only": audio, "text only": text}
+            missing.append({"model": row["title"]} | {
+                case: f"{rows[key]['uar']:.1%}" for case, key in keys.items()})
     tables |= {"Test UAR with one modality missing": missing} if missing else {}
     return {name: pd.DataFrame(lines).fillna("-") for name, lines in tables.items()}
 
@@ -2103,12 +2101,11 @@ def plot_paths(rows, cfg):
     return [plot_path(name, cfg) for name in names]
 
 
-def save_figure(figure, name, cfg):
-    """Save a figure under a name or path with its marks below, show it in a notebook, close it: its path."""
+def save_figure(figure, path, cfg):
+    """Save a figure with its marks below, show it in a notebook, close it; returns its path."""
     figure.supxlabel("; ".join(marks(cfg)), fontsize=8, color="firebrick")
     for axis in (axis for axis in figure.axes if not axis.has_data()):
         axis.set_axis_off()
-    path = name if isinstance(name, Path) else plot_path(name, cfg)
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=120)
     if in_kernel():
@@ -2127,7 +2124,7 @@ def plot_counts(clips, cfg):
     title = f"Clips per emotion, {len(clips)} in all, {title_of_split(cfg).lower()}"
     axis.set(title=title, xlabel="", ylabel="clips")
     axis.legend(title="", loc="upper left", bbox_to_anchor=(1, 1))
-    save_figure(figure, "class_counts", cfg)
+    save_figure(figure, plot_path("class_counts", cfg), cfg)
 
 
 def plot_samples(clips, cfg):
@@ -2145,12 +2142,11 @@ def plot_samples(clips, cfg):
         actor = str(rows["actor"][emotion])
         wave.set(title=emotion + f" (actor {actor})" * bool(actor), xlim=(0, seconds), xticks=[])
         mel = rows["mel"][emotion].astype(float).T  # (M, T)
-        extent = (0, seconds, 0, cfg.n_mels)
-        spectrogram.imshow(mel, origin="lower", aspect="auto", cmap="magma", extent=extent)
+        spectrogram.imshow(mel, origin="lower", aspect="auto", cmap="magma", extent=(0, seconds, 0, len(mel)))
         spectrogram.set_xlabel("seconds")
     for axis, label in zip(axes[:, 0], ("amplitude", "mel band") * lines):
         axis.set_ylabel(label)
-    save_figure(figure, "samples", cfg)
+    save_figure(figure, plot_path("samples", cfg), cfg)
 
 
 def plot_curves(rows, cfg):
@@ -2168,7 +2164,7 @@ def plot_curves(rows, cfg):
         pair[0].set_title(rows[name]["title"], fontsize=9)
         pair[1].set(xlabel="epoch", ylim=(0, 1.02))
     axes[0, 0].legend(fontsize=7)
-    save_figure(figure, "training_curves", cfg)
+    save_figure(figure, plot_path("training_curves", cfg), cfg)
 
 
 def plot_confusion(name, row, cfg):
@@ -2184,7 +2180,7 @@ def plot_confusion(name, row, cfg):
         axis.tick_params(axis="x", rotation=45)
         axis.tick_params(axis="y", rotation=0)
     figure.suptitle("{title}: test accuracy {accuracy:.1%}, UAR {uar:.1%}".format(**row["test"] | row))
-    return save_figure(figure, f"confusion_{ROWS[name].stem}", cfg)
+    return save_figure(figure, plot_path(f"confusion_{ROWS[name].stem}", cfg), cfg)
 
 
 def draw_comparison(axis, rows, several):
@@ -2211,7 +2207,7 @@ def plot_comparison(rows, several, cfg):
     """All rows beside each other."""
     figure, axis = plt.subplots(figsize=(9.5, 1 + 0.55 * len(rows)), layout="constrained")
     draw_comparison(axis, rows, several)
-    return save_figure(figure, "comparison", cfg)
+    return save_figure(figure, plot_path("comparison", cfg), cfg)
 
 
 def plot_reliability(rows, cfg):
@@ -2229,7 +2225,7 @@ def plot_reliability(rows, cfg):
         axis.set_xlabel("confidence", fontsize=8)
         axis.tick_params(labelbottom=True)
     figure.supylabel("share of right answers (area: share of clips)", fontsize=9)
-    return save_figure(figure, "reliability", cfg)
+    return save_figure(figure, plot_path("reliability", cfg), cfg)
 
 
 def plot_cross_validation(rows, pairs, cfg):
@@ -2249,11 +2245,10 @@ def plot_cross_validation(rows, pairs, cfg):
         for sign, cell in ((1, (pair["row"], pair["against"])), (-1, (pair["against"], pair["row"]))):
             gaps.loc[cell] = 100 * sign * pair["difference"]
             texts.loc[cell] = f"{gaps.loc[cell]:+.1f}{star}"
-    sns.heatmap(gaps, annot=texts, fmt="", cmap="RdBu", center=0, cbar=False, ax=axes[3],
-                yticklabels=titles)
+    sns.heatmap(gaps, annot=texts, fmt="", cmap="RdBu", center=0, cbar=False, ax=axes[3], yticklabels=titles)
     axes[3].set(title="Difference in pooled UAR, row minus column (*: its paired 95 % interval leaves out 0)")
     axes[3].set_xticklabels(titles, rotation=30, ha="right")
-    save_figure(figure, "cross_validation", cfg)
+    save_figure(figure, plot_path("cross_validation", cfg), cfg)
 
 
 # %% 17. Report
@@ -2354,13 +2349,14 @@ def write_report(figures, rows, study, cfg):
     shown = [name for name in rows if name in ("cnn", best)]
     groups = [{"model": row["title"]} | {group: f"{uar:.1%}" for group, uar in row["groups"]["test"].items()}
               for row in rows.values()]
-    sections = {"Summary": [
-        *("{title}: {uar:.1%} UAR, {accuracy:.1%} accuracy on {clips} test predictions{note}.".format(
-            note=" (best row on validation)" if name == best else "", **rows[name]["test"] | rows[name])
-          for name in shown), *(f"Mind: {mark}." for mark in figures["marks"])],
-        "Data and split": figures["audit"],
-        **{heading: [table] for heading, table in result_tables(figures, several).items()}}
-    sections["Test"].insert(0, f"Text encoder of the BERT rows: {cfg.bert_model}.")
+    sentence = "{title}: {uar:.1%} UAR, {accuracy:.1%} accuracy on {clips} test predictions{note}."
+    notes = {best: " (best row on validation)"}
+    summary = [sentence.format(note=notes.get(name, ""), **rows[name]["test"] | rows[name]) for name in shown]
+    sections = {"Summary": summary + [f"Mind: {mark}." for mark in figures["marks"]],
+                "Data and split": figures["audit"],
+                **{heading: [table] for heading, table in result_tables(figures, several).items()}}
+    if "bert" in rows:
+        sections["Test"].insert(0, f"Text encoder of the BERT rows: {cfg.bert_model}.")
     if several:
         sections["Test UAR over folds and seeds"] += [
             f"Folds {cfg.folds}, {cfg.runs} run(s) of each, seeds from {cfg.seed}. UAR is the mean over "
@@ -2463,24 +2459,24 @@ def study_findings(table):
         best, useless = fused.loc[fused["gain"].idxmax()], fused[fused["noise"] == fused["noise"].max()]
         surely = fused[fused["minus_audio_low"] > 0].groupby("title", sort=False)["text_uar"].min()
         starts = [f"{uar:.1%} ({', '.join(titles)})" for uar, titles in surely.groupby(surely).groups.items()]
-        floor = fused.groupby("title")["gain"].min().sort_values(ascending=False)
+        start = f"once words alone reach {' or '.join(starts)}" if starts else "at no level of noise"
+        moves = ", ".join(f"{line['title']} {points(line, 'minus_audio')}" for _, line in useless.iterrows())
+        floors = fused.groupby("title")["gain"].min().sort_values(ascending=False)
+        floor = ", ".join(f"{title} {100 * gain:+.1f}" for title, gain in floors.items())
         alone = alone[alone["noise"] == alone["noise"].min()]
+        losses = [f"{line['title']} {points(line, 'minus_' + line['row'].split('_')[-1])}"
+                  for _, line in alone.iterrows()]
         sentences += [f"{model}: {sentence}." for sentence in (
             f"fusion gains most where words alone reach {best['text_uar']:.1%} UAR and sound alone "
             f"{sound:.1%}: {best['title']} then reaches {best['uar']:.1%}, {points(best, best['rival'])} "
             "points from the better of the two",
-            "fusion is surely better than sound alone, its interval above 0, " + (
-                f"once words alone reach {' or '.join(starts)}" if starts else "at no level of noise"),
+            f"fusion is surely better than sound alone, its interval above 0, {start}",
             f"words that are worth nothing ({useless['text_uar'].iloc[0]:.1%} alone, chance "
-            f"{useless['chance'].max():.1%}) change the answers of sound by these points: "
-            + ", ".join(f"{line['title']} {points(line, 'minus_audio')}" for _, line in useless.iterrows()),
-            f"the safest choice is {floor.index[0]}. Each at the level that suits it least, in points from "
-            "the better of sound and words: "
-            + ", ".join(f"{key} {100 * gain:+.1f}" for key, gain in floor.items()),
+            f"{useless['chance'].max():.1%}) change the answers of sound by these points: {moves}",
+            f"the safest choice is {floors.index[0]}. Each at the level that suits it least, in points from "
+            f"the better of sound and words: {floor}",
             "where a modality is missing, one model for all cases is so many points from the model that "
-            "never had it: " + (", ".join(
-                f"{line['title']} {points(line, 'minus_' + line['row'].split('_')[-1])}"
-                for _, line in alone.iterrows()) or "no early fusion was trained"))]
+            f"never had it: {', '.join(losses) or 'no early fusion was trained'}")]
     return sentences
 
 
@@ -2500,7 +2496,7 @@ def plot_study(table, cfg):
         axis.set(title=model, xlabel=f"test UAR of {model} alone in %, by noise in sentences", ylim=(0, 101))
         axis.legend(fontsize=8, loc="lower right")
     axes[0, 0].set_ylabel("test UAR in %; band: standard deviation over folds")
-    save_figure(figure, "study", cfg)
+    save_figure(figure, plot_path("study", cfg), cfg)
 
 
 def study_section(table, cfg):
@@ -2609,10 +2605,9 @@ class Predictor:
             mel = log_mel(samples, cfg)
             level = 10 * np.log10(np.exp(mel.astype(np.float32)).sum(axis=1))  # of each frame, in dB
             low, high = np.percentile(level, (10, 95))
-            size, second = window_frames(cfg), cfg.sampling_rate / cfg.hop_length
-            starts = [*range(0, len(mel) - size, size // 2), len(mel) - size]
-            if len(samples) <= LONGEST * cfg.sampling_rate or len(mel) <= size:
-                starts, size = [0], len(mel)
+            window, second = window_frames(cfg), cfg.sampling_rate / cfg.hop_length
+            size = len(mel) if len(samples) <= LONGEST * cfg.sampling_rate else min(window, len(mel))
+            starts = [*range(0, len(mel) - size, window // 2), len(mel) - size]
             voiced = level > level.max() - cfg.trim_db
             windows = [{"start": offset + start / second, "end": offset + (start + size) / second,
                         "voiced": float(voiced[start:start + size].mean()), "mel": mel[start:start + size],
@@ -2718,8 +2713,8 @@ def plot_over_time(path, recording, course, predictor):
     step = max(1, len(samples) // 20000)
     wave.plot(np.arange(len(samples))[::step] / rate, samples[::step], linewidth=0.4)
     wave.set(ylabel="amplitude")
-    middles, classes = (course["start"] + course["end"]) / 2, predictor.classes
-    areas.stackplot(middles, course[classes].T, labels=classes)
+    middles = (course["start"] + course["end"]) / 2
+    areas.stackplot(middles, course[predictor.classes].T, labels=predictor.classes)
     areas.set(xlabel="seconds", ylabel="probability by AudioCNN", ylim=(0, 1))
     areas.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8)
     save_figure(figure, path, predictor.heard)
@@ -2767,8 +2762,7 @@ def predict_phase(cfg):
     path, files = Path(cfg.input), recordings_in(cfg)
     predictor = Predictor(cfg.output_dir, cfg.device)
     refuse_other_training(cfg, predictor)
-    names = [file.relative_to(path).as_posix() if path.is_dir() else file.name for file in files]
-    names = list(map(printable, names))
+    names = [printable(file.relative_to(path).as_posix() if path.is_dir() else file.name) for file in files]
     bar = tqdm(files, "Recordings", disable=len(files) < 2)
     answers = [describe_recording(file, name, predictor, cfg) for file, name in zip(bar, names)]
     if path.is_file() and "error" in answers[0]:
@@ -2897,10 +2891,10 @@ def describe_data(runs, tables, audit, cfg):
 def models_to_run(cfg):
     """The short names that this phase may train, in order; --phase fusion leaves out what no fusion needs."""
     asked = models_asked(cfg)
-    needed = {part for name in asked for part in MODELS[name].parts}
-    phases = {"unimodal": lambda name: not MODELS[name].parts,
-              "fusion": lambda name: MODELS[name].parts or name in needed}
-    return list(filter(phases.get(cfg.phase, bool), asked))
+    fusions = [name for name in asked if MODELS[name].parts]
+    needed = {key for name in fusions for key in (name, *MODELS[name].parts)}
+    wanted = {"unimodal": set(asked).difference(fusions), "fusion": needed}.get(cfg.phase, asked)
+    return [name for name in asked if name in wanted]
 
 
 def check_needs(runs, names, cfg):
@@ -2935,30 +2929,28 @@ def plan_training(clips, names, cfg, device, following=0):
             if part not in names and reasons[part]:
                 raise UserError(f"{ROWS[name].title} needs {file_of(cfg, 'checkpoint', part)} "
                                 f"({reasons[part]}): add {part} to --run-models")
-    todo, seconds = [name for name in names if reasons[name]], {}
+    seconds = functools.cache(lambda part: epoch_seconds(part, clips, cfg, device, trained=not reasons[part]))
     precision, total = str(training_precision(device)).removeprefix("torch."), 0.0
     print(f"\nPlan: {device} in {precision}, {torch.get_num_threads()} threads, results in {cfg.output_dir}")
     for name in names:
-        old, epochs = {}, settings_for(cfg, name)["epochs"]
+        path, epochs, old = file_of(cfg, "checkpoint", name), settings_for(cfg, name)["epochs"], {}
         with contextlib.suppress(UserError):
-            old = read_checkpoint(file_of(cfg, "checkpoint", name))
+            old = read_checkpoint(path)
         before = f"{old['epochs']} epochs, validation UAR {old['scores']['uar']:.1%}" if old else ""
-        if name not in todo:
-            state, done = file_of(cfg, "state", name), file_of(cfg, "checkpoint", name).stat().st_mtime
-            if state.exists() and state.stat().st_mtime <= done:  # of a training killed in its last moment
+        if not reasons[name]:
+            state = file_of(cfg, "state", name)
+            if state.exists() and state.stat().st_mtime <= path.stat().st_mtime:  # killed in its last moment
                 state.unlink()
             print(f"  {ROWS[name].title:24} reused ({before})")
             continue
-        for part in MODELS[name].parts or [name]:
-            seconds[part] = seconds.get(part) or epoch_seconds(part, clips, cfg, device, part not in todo)
         share = 0.4 if MODELS[name].parts else 1.0  # a head needs no backward pass of its parts
-        minutes = epochs * share * sum(seconds[part] for part in MODELS[name].parts or [name]) / 60
+        minutes = epochs * share * sum(map(seconds, MODELS[name].parts or [name])) / 60
         total += minutes
         print(f"  {ROWS[name].title:24} {epochs} epochs, about {minutes:.1f} min ({reasons[name]})"
               + (f"; replaces {before}, kept as *.previous.pth" if old else ""))
     print(f"  about {total:.0f} min of training in all"
           + f", and {following} more runs after this one" * bool(following), flush=True)
-    return todo
+    return [name for name in names if reasons[name]]
 
 
 def described(cfg):
@@ -2969,15 +2961,6 @@ def described(cfg):
 
 
 FREE = "phase", "output_dir", "device", "download", "input", "text", "json"  # that shape no training
-
-
-def refuse_other_settings(cfg, saved, path):
-    """Raise a UserError when a flag that was given is not what a file was made with."""
-    for key in set(cfg.given).difference(FREE):
-        value, other = getattr(cfg, key), saved.get(key)
-        if value != other and Path(str(value)).absolute() != Path(str(other)).absolute():  # ./a is a
-            raise UserError(f"{flag_of(key, value)} contradicts {path} ({other}): leave that flag out or "
-                            "train with --phase all")
 
 
 def refuse_other_training(cfg, predictor):
@@ -2995,10 +2978,14 @@ def report_phase(cfg):
     """Plots and .docx from what lies in OUTPUT_DIR alone; --phase report draws them in any case."""
     path = Path(cfg.output_dir, "metrics.json")
     figures = read_back(path)
-    if not {"rows", "pairs", "audit", "settings"} <= set(figures):
+    if not (isinstance(figures, dict) and {"rows", "pairs", "audit", "marks", "settings"} <= set(figures)):
         raise UserError(f"{path} is foreign: make it again with --phase all, or name another --output-dir")
     saved = figures["settings"]
-    refuse_other_settings(cfg, saved, path)
+    for key in (key for key in cfg.given if key not in FREE):
+        value, other = getattr(cfg, key), saved.get(key)
+        if value != other and Path(str(value)).absolute() != Path(str(other)).absolute():  # ./a is a
+            raise UserError(f"{flag_of(key, value)} contradicts {path} ({other}): leave that flag out or "
+                            "train with --phase all")
     cfg = SimpleNamespace(**vars(cfg) | {key: saved[key] for key in saved if key not in FREE})
     rows = {name: row for name, row in figures["rows"].items() if row["status"] == "run"}
     if not rows:
@@ -3010,28 +2997,30 @@ def report_phase(cfg):
             read_checkpoint(file_of(run, "checkpoint", name))  # has a sentence of its own where it is broken
             raise UserError(f"{path} is not of the models beside it ({ROWS[name].title}: {reason}): make it "
                             "again with --phase all")
-    if read_back(Path(cfg.output_dir, "audit.json")).get("audit") != figures["audit"]:
+    if read_back(Path(cfg.output_dir, "audit.json")) != {key: figures[key] for key in ("audit", "marks")}:
         raise UserError(f"{path} is not of the data beside it, audit.json: make it again with --phase all")
-    figures["pairs"] = [pair for pair in figures["pairs"] if {pair["row"], pair["against"]} <= set(rows)]
     study = read_study(rows, cfg)
-
-    def make():
-        """Draw and write everything anew."""
-        several = len(runs_of(cfg)) > 1
-        if study is not None:
-            plot_study(study, cfg)
-        plot_curves(rows, cfg)
-        plot_comparison(rows, several, cfg)
-        plot_reliability(rows, cfg)
-        if several:
-            plot_cross_validation(rows, figures["pairs"], cfg)
-        for name, row in rows.items():
-            plot_confusion(name, row, cfg)
-        if has_docx():
-            write_report(figures, rows, study, cfg)
-    key = digest(read_back(path), has_docx(), "" if study is None else study.to_csv())
-    reuse("report", key, plot_paths(rows, cfg) + [Path(cfg.output_dir, REPORT)] * has_docx(), cfg, make)
+    mark = digest(figures, has_docx(), "" if study is None else study.to_csv())
+    files = plot_paths(rows, cfg) + [Path(cfg.output_dir, REPORT)] * has_docx()
+    reuse("report", mark, files, cfg, lambda: draw_report(figures, rows, study, cfg))
     say_report(cfg)
+
+
+def draw_report(figures, rows, study, cfg):
+    """Draw the figures of `rows`, and write the .docx."""
+    several = len(runs_of(cfg)) > 1
+    figures["pairs"] = [pair for pair in figures["pairs"] if {pair["row"], pair["against"]} <= set(rows)]
+    if study is not None:
+        plot_study(study, cfg)
+    plot_curves(rows, cfg)
+    plot_comparison(rows, several, cfg)
+    plot_reliability(rows, cfg)
+    if several:
+        plot_cross_validation(rows, figures["pairs"], cfg)
+    for name, row in rows.items():
+        plot_confusion(name, row, cfg)
+    if has_docx():
+        write_report(figures, rows, study, cfg)
 
 
 def experiment(clips, audit, names, cfg, device):
@@ -3077,24 +3066,23 @@ def evaluate_phase(cfg):
         other = read_back(folder / "metrics.json")["settings"]["manifest"]
         if here != Path(other).resolve():
             raise UserError(f"{folder} holds the figures of {other}: move it away, or rename {cfg.manifest}")
+    notes = [f"models of {cfg.output_dir} on another corpus"]
+    if here == Path(own["config"].get("manifest") or ".").resolve():
+        notes.append("trained on clips of this very table: the figures flatter")
+    notes += [f"in training: {mark}" for mark in dict.fromkeys(itertools.chain(*sources))]
     work = SimpleNamespace(**vars(predictor.cfg) | {
-        "phase": "evaluate", "manifest": cfg.manifest, "given": cfg.given, "split": "speaker",
-        "output_dir": str(folder), "cache_dir": str(folder), "demo": False, "use_simulated_sentences": False,
-        "notes": [
-            f"models of {cfg.output_dir} on another corpus",
-            *["trained on clips of this very table: the figures flatter"] * (
-                here == Path(own["config"].get("manifest") or ".").resolve()),
-            *(f"in training: {mark}" for mark in dict.fromkeys(itertools.chain(*sources)))]})
+        "phase": "evaluate", "manifest": cfg.manifest, "given": cfg.given, "split": "speaker", "notes": notes,
+        "output_dir": str(folder), "cache_dir": str(folder), "demo": False, "use_simulated_sentences": False})
     clips = add_features(clips, audit, work)
     sentences = [*describe_audit(clips, audit), shared]
     print("\n".join(sentences))
-    for old in [*folder.glob("plots/*.png"), *folder.glob("predictions/*.csv"), *folder.glob("*.docx")]:
-        old.unlink()
+    for pattern in ("metrics.json", "plots/*.png", "predictions/*.csv", "*.docx"):
+        for old in folder.glob(pattern):
+            old.unlink()
     rows = {name: {"title": ROWS[name].title, "status": "run" if name in names else
                    f"not run: {cfg.manifest} has no column transcript"} for name in predictor.rows()}
-    answers = predictor.score(clips, names)
     places, weights = list(map(own["classes"].index, classes_of(clips))), resampled(voices_of(clips))
-    for name, probabilities in answers.items():
+    for name, probabilities in predictor.score(clips, names).items():
         shares = probabilities[:, places].clip(1e-7)
         table = predictions_table(clips, shares / shares.sum(axis=1, keepdims=True))
         save_table(file_of(work, "predictions", name), table, work)
@@ -3110,8 +3098,7 @@ def report_foreign(figures, cfg):
     ran = {name: row for name, row in figures["rows"].items() if row["status"] == "run"}
     table = pd.DataFrame([{"model": row["title"]} | (
         test_cells(row) | {"95 % interval": "{:.1%} to {:.1%}".format(*row["interval"])}
-        if row["status"] == "run" else {"note": row["status"]}) for row in figures["rows"].values()])
-    table = table.fillna("-")
+        if name in ran else {"note": row["status"]}) for name, row in figures["rows"].items()]).fillna("-")
     print(f"\nTest ({'; '.join(marks(cfg))})\n{table.to_string(index=False)}")
     plots = [plot_comparison(ran, False, cfg), plot_reliability(ran, cfg),
              *(plot_confusion(name, row, cfg) for name, row in ran.items())]

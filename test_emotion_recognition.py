@@ -1115,6 +1115,12 @@ def test_a_report_of_other_models_or_data_is_refused(copied, monkeypatch):
         er.main(["--demo", "--phase", "report"])
 
 
+def test_an_old_report_leaves_when_nobody_knows_its_figures(copied):
+    (OUTPUT / "metrics.json").write_text("[]", encoding="utf-8")
+    er.main([*DEMO, "--phase", "unimodal"])
+    assert not DOCUMENT.exists() and not (OUTPUT / "plots/comparison.png").exists()
+
+
 def test_without_python_docx_only_the_docx_is_left_out(copied, monkeypatch, capsys):
     real = er.importlib.util.find_spec
     for plot in ("plot_curves", "plot_comparison", "plot_reliability", "plot_confusion"):  # they are there
@@ -2373,6 +2379,10 @@ ONE_SENTENCE = {  # what is wrong: (command line, what the sentence must name, h
     "report, hostile": (REPORT, f"{CNN}|--phase", lambda _: torch.save(Hostile(), CNN)),
     "report, hostile pickle": (REPORT, f"{CNN}|--phase", lambda _: CNN.write_bytes(pickle.dumps(Hostile()))),
     "report, metrics cut": (REPORT, "metrics.json|--phase all", lambda _: cut(OUTPUT / "metrics.json", 200)),
+    "report, metrics of another kind": (
+        REPORT, "metrics.json|--phase all", lambda _: er.save(OUTPUT / "metrics.json", [{"rows": 1}])),
+    "report, audit of another kind": (
+        REPORT, "audit.json|--phase all", lambda _: er.save(OUTPUT / "audit.json", [1])),
     "report, foreign metrics": (REPORT, "metrics.json|--phase all",
                                 lambda _: (OUTPUT / "metrics.json").write_text("{}")),
     "no recording named": ("--demo --phase predict", "--input"),
