@@ -1116,7 +1116,7 @@ def test_a_report_of_other_models_or_data_is_refused(copied, monkeypatch):
 
 
 def test_an_old_report_leaves_when_nobody_knows_its_figures(copied):
-    (OUTPUT / "metrics.json").write_text("[]", encoding="utf-8")
+    er.save(OUTPUT / "metrics.json", ["synthetic"])
     er.main([*DEMO, "--phase", "unimodal"])
     assert not DOCUMENT.exists() and not (OUTPUT / "plots/comparison.png").exists()
 
