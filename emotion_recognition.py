@@ -2542,6 +2542,15 @@ def downmix(recording, sampling_rate):
     return ((samples - middle) / scale).astype(np.float32), int(rate)
 
 
+@contextlib.contextmanager
+def only_warning():
+    """Say what went wrong and go on, since an answer can still be given."""
+    try:
+        yield
+    except UserError as error:
+        print(f"warning: {error}", file=sys.stderr)
+
+
 class Predictor:
     """The trained models of a folder, with nothing but their checkpoints, ready for any recording.
 
@@ -2618,9 +2627,16 @@ class Predictor:
 
     def rows(self, with_words=True):
         """The names of the rows that can answer, AudioCNN first; without words it alone."""
-        late = [name for name, row in ROWS.items() if set(row.parts) <= set(self.trained) and (
-                row.how == "mean" or file_of(self.cfg, "weights", name).exists())]
-        return [*self.trained, *late] if with_words else ["cnn"]
+        if not with_words:
+            return ["cnn"]
+        usable = []
+        for name in self.trained:
+            with only_warning():  # once: who does not fit is passed over from now on
+                self.load(name)
+                usable.append(name)
+        self.trained = usable
+        return usable + [name for name, row in ROWS.items() if set(row.parts) <= set(usable) and (
+            row.how == "mean" or file_of(self.cfg, "weights", name).exists())]
 
     def source(self, name):
         """The checkpoint that says how a row was trained: its own, or that of its text model."""
@@ -2734,15 +2750,6 @@ def print_answer(answer):
     print(f"  Words: {answer['text_source']}" + f": {answer['text']!r}" * (answer["text"] is not None))
     if answer["over_time"]:
         print(f"  Over time: {answer['over_time']} and .png beside it")
-
-
-@contextlib.contextmanager
-def only_warning():
-    """Say what went wrong and go on: an answer that cannot be written can still be given."""
-    try:
-        yield
-    except UserError as error:
-        print(f"warning: {error}", file=sys.stderr)
 
 
 def recordings_in(cfg):
