@@ -138,9 +138,9 @@ LIMITS = {  # least and most; floats if written so; a name stands for its varian
     "sentence_noise": (0.0, 1.0), "seed": (0, 2**31), "max_tokens": (4, 2**31), "n_mels": (16, 512),
     "sampling_rate": (4000, 2**31), "n_fft": (64, 2**31),
 }
-DEMO_SETTINGS = {"epochs_cnn": 8, "epochs_fusion": 4, "learning_rate_bert": 2e-3}
-TRAINING = ("epochs", "batch_size", "learning_rate", "weight_decay", "dropout", "label_smoothing",
-            "ema_decay")
+DEMO_SETTINGS = {"epochs_cnn": 8, "epochs_fusion": 4, "learning_rate_bert": 2e-3,
+                 "ravdess_path": "archive/demo/corpus", "bert_model": "archive/demo/distilbert"}
+TRAINING = "epochs", "batch_size", "learning_rate", "weight_decay", "dropout", "label_smoothing", "ema_decay"
 FEATURES = ("sampling_rate", "trim_db", "clip_seconds", "n_mels", "n_fft", "hop_length")
 EMOTIONS = ["neutral", "calm", "happy", "sad", "angry", "fearful", "disgust", "surprised"]  # in code order
 
@@ -180,14 +180,12 @@ def parse_settings(argv=None):
         argv = [] if "kernel_launcher" in sys.argv[0] else sys.argv[1:]  # a kernel's arguments are not ours
     given = vars(make_parser().parse_args(argv))
     values = {name.lower(): globals()[name] for name in SETTINGS}
-    if (values | given)["demo"]:
-        for name, value in DEMO_SETTINGS.items():
-            values[name] = min(values[name], value) if name.startswith("epochs") else value
-        values.update(ravdess_path="archive/demo/corpus", bert_model="archive/demo/distilbert")
-        folder, named = Path((values | given)["output_dir"]), given if "output_dir" in given else values
-        own = [part for part in folder.parts if not part.startswith(("fold_", "noise_"))][-1:] == ["demo"]
-        named["output_dir"] = str(folder if own else folder / "demo")
     cfg = SimpleNamespace(**(values | given), given=sorted(given))
+    if cfg.demo:
+        fewer = {key: min(values[key], DEMO_SETTINGS[key]) for key in ("epochs_cnn", "epochs_fusion")}
+        folder = Path(cfg.output_dir)
+        own = [part for part in folder.parts if not part.startswith(("fold_", "noise_"))][-1:] == ["demo"]
+        vars(cfg).update(DEMO_SETTINGS | fewer | given, output_dir=str(folder if own else folder / "demo"))
     cfg.cache_dir = cfg.output_dir  # shared by the runs of a cross-validation
     cfg.no_words, cfg.notes = "", []  # why a manifest's clips have no text; more marks
     cfg.fusion = "both" if cfg.phase == "study" else cfg.fusion
@@ -331,7 +329,7 @@ def read_lines(path, needed, optional, advice):
         text = Path(path).read_bytes().decode("utf-8-sig")
         if "\0" in text:  # numpy takes "sad\0" and "sad" for the same
             raise csv.Error("it has a zero byte")
-        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True, restval="")
         columns, lines = list(reader.fieldnames or []), [(reader.line_num, line) for line in reader]
     except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"{path} is not readable as CSV ({error}): {advice}") from error
@@ -341,8 +339,7 @@ def read_lines(path, needed, optional, advice):
     for number, line in lines:
         problem = "it has more columns than line 1 (quote what has commas)"
         refuse(path, number, {problem: None in line}, advice)
-    return [(number, {key: (line.get(key) or "").strip() for key in (*needed, *optional)})
-            for number, line in lines]
+    return [(number, {key: line.get(key, "").strip() for key in needed + optional}) for number, line in lines]
 
 
 def refuse(path, number, problems, advice):
@@ -470,7 +467,13 @@ def find_corpus(cfg):
 
 def audio_files(folder):
     """(path, kind, codes) of all audio and video files under a folder; kind: speech, song, video or other."""
+    seen = set()
     for root, folders, files in os.walk(folder, followlinks=True):
+        real = Path(root).resolve()
+        if real in seen:  # a link that leads back
+            folders.clear()
+            continue
+        seen.add(real)
         folders[:] = sorted(name for name in folders if not name.endswith(UNFINISHED)
                             and (Path(root).name, name) != ("archive", "demo"))
         for path in (Path(root, file) for file in sorted(files)):
@@ -501,17 +504,15 @@ def index_clips(folder):
                           "repetition": repetition, "sex": "male" if actor % 2 else "female"})
     if not found:
         raise UserError(f"{folder} holds no RAVDESS speech clip that can be used: see --ravdess-path")
-    clips = pd.DataFrame(found).astype({"emotion": pd.CategoricalDtype(EMOTIONS)})
-    clips = add_digests(clips, audit)
+    clips = add_digests(pd.DataFrame(found).astype({"emotion": pd.CategoricalDtype(EMOTIONS)}), audit)
     twin = clips.duplicated("clip")  # now, so that a cut-off first copy does not hide a good second one
     clips = clips[~twin].sort_values("clip", ignore_index=True)
     return clips, audit | {"files": dict(counts), "twins": int(twin.sum())}
 
 
 RESERVED = {  # columns of predictions, of groups and of scores: no emotion can be called so
-    "split", "clip", "actor", "emotion", "true", "predicted", "marks", "transcript", "intensity", "sex",
-    "fold", "seed", "confidence", "accuracy", "macro avg", "weighted avg", "micro avg",
-    "start", "end", "voiced", "recording", "error", "model", "note"}
+    *"split clip actor emotion true predicted marks transcript intensity sex fold seed confidence".split(),
+    *"accuracy start end voiced recording error model note".split(), "macro avg", "weighted avg", "micro avg"}
 
 
 def index_manifest(path):
@@ -664,11 +665,10 @@ def split_clips(clips, cfg):
         validation, test = fold_actors(actors, int(cfg.folds))
     else:
         key, once = "digest", clips.drop_duplicates("digest")  # the same bytes must not be on both sides
-        options = {"random_state": cfg.seed}
+        deal = functools.partial(train_test_split, random_state=cfg.seed)
         try:
-            _, rest = train_test_split(once, test_size=0.3, stratify=once["emotion"], **options)
-            validation, test = train_test_split(rest, test_size=0.5, stratify=rest["emotion"], **options)
-            validation, test = validation["digest"], test["digest"]
+            _, rest = deal(once, test_size=0.3, stratify=once["emotion"])
+            validation, test = deal(rest["digest"], test_size=0.5, stratify=rest["emotion"])
         except ValueError as error:
             raise UserError(f"too few clips of some emotion for --split random ({error})") from error
     names = np.select([clips[key].isin(test), clips[key].isin(validation)], ["test", "validation"], "train")
@@ -709,97 +709,93 @@ STATEMENTS = {1: "Kids are talking by the door", 2: "Dogs are sitting by the doo
 INTENSITIES = {1: "normal intensity", 2: "strong intensity"}
 # Fold k tests the sentences k::5 of an emotion; cue words recur in all five fifths.
 SENTENCES = {
-    "neutral": """I paid the bill at the post office. | My appointment is at ten on Friday. | I take the bus
-    to the shop. | I sent the letter on Friday. | The train to work leaves at ten. | The train was on time
-    this morning. | The next bus leaves at six. | I have to pay the bill by Friday. | I left the keys on the
-    kitchen table. | I need the form for the meeting. | The meeting is on Monday at ten. | I usually buy bread
-    on Monday. | We need milk and bread for Sunday. | I usually go to work by train. | We usually have lunch
-    at one. | He bought some bread at the shop. | I put his phone number on the list. | The shop is closed for
-    lunch. | The office opens at nine on Monday. | I put the form on the table. | My keys are in the bag by
-    the door. | I sent the form to the office. | She moved our lunch to Friday. | My next appointment is at
-    six. | She printed the form for me. | The bus to work leaves at nine. | I called him about the meeting. |
-    The box is on the office table. | The shopping list is in my bag. | The shop on my street closes at
-    six.""",
-    "calm": """I drink tea and watch the rain. | I fall asleep in a soft blanket. | I rest my hands and
-    breathe out. | I slowly fall asleep by the fire. | A warm bath and a quiet night. | I close my eyes and
-    breathe in. | There is no rush, rest a little. | I rest by the warm fire. | The lake is still and the air
-    is warm. | The cat is asleep on my blanket. | The garden is still this evening. | We take a slow walk by
-    the lake. | My bed is soft and warm. | We sit by the sea and watch the waves. | I listen to soft music in
-    bed. | The waves come in slowly. | I listen to the slow waves. | I lie in bed and hear the rain. | There
-    is no rush this evening. | I take a slow breath and let it go. | Sunday morning is slow and easy. | Soft
-    rain falls on the window. | I sit in the garden with my tea. | The clouds drift by my window. | Warm rain
-    falls on the lake. | The fire is low and the light is soft. | The house is quiet this evening. | My
-    breathing is slow and easy now. | There is nothing to do but rest. | I lie in the grass by the lake.""",
-    "happy": """The baby laughs when I sing to her. | I won the prize, come and celebrate. | He made me laugh
-    so much. | I sing at work, life is so good. | My friends sang for my birthday. | I'm so proud, she passed
-    the exam. | Best birthday I've had in my life. | I can't wait for our holiday. | The whole family came to
-    celebrate. | We are having a baby, I can't wait. | Great news, the baby is here. | It's so good to sing
-    with friends. | We laughed until the morning. | I passed the exam, let's celebrate. | I love my new job,
-    it's wonderful. | We danced all night at the party. | I love having my family together. | I love this
-    song, dance with me. | Come and dance, what a great day. | She gave me a hug and we laughed. | He came
-    home with the best news. | I got the job, I can't stop smiling. | She said yes and we danced. | What
-    wonderful news, I'm so proud. | We won and everyone cheered. | Our holiday starts today, let's go. | Our
-    team won, what a wonderful day. | It was the best party of my life. | My baby can't stop smiling at me. |
-    We sing and dance in the kitchen.""",
-    "sad": """It hurts to see his old chair. | She left me and I eat alone now. | He died before I could say
-    goodbye. | He left without saying goodbye. | Her side of the bed is empty now. | My life is so empty
-    without her. | My friends are gone and I'm alone. | I miss my dad more every day. | His chair is empty
-    now. | I miss him most at night. | Dad is gone, I never said goodbye. | I cried when he went into
-    hospital. | It hurts to look at our old photos. | Mum is gone and I miss her voice. | I was in tears when
-    she left. | My dog died last winter. | I lost everyone I had. | Nobody came to his funeral. | We lost the
-    baby last winter. | I sit alone with his old photos. | Nobody calls me on Sunday anymore. | I miss the way
-    she used to sing. | I cried in the kitchen last night. | I don't want to eat anymore. | I cried at the
-    funeral. | I cried over his last letter. | I lost my best friend last winter. | The house is empty without
-    mum. | I keep the last letter she wrote. | Mum used to call me every night.""",
-    "angry": """You ruined a whole day of my work. | I'm sick of your excuses, get out. | You had no right to
-    read that. | He was so rude I slammed the door. | Shut up, I told you to stop that. | I'm sick of you
-    shouting at me. | How dare he blame me for this? | I told him to shut up and get out. | You lied to me
-    about the money. | How dare you read my letters? | You broke it and you don't care. | I slammed the door
-    because he lied. | Stop shouting at me all the time. | This is your fault, don't blame me. | Stop making
-    excuses for him. | You lie and then you blame me. | It's your fault we are late again. | Enough, nobody
-    here listens to me. | I told you a hundred times to stop. | I've had enough of your lies. | He cheated me
-    out of my money. | You took my money without asking. | My boss lied to us again. | Enough, I slammed the
-    phone down. | Don't talk to me like that. | Don't you dare touch my car again. | You never listen to what
-    I told you. | Give me back my money right now. | You never listen, I'm sick of it. | Get out of my kitchen
-    right now.""",
-    "fearful": """Hide quick before he comes back. | My hands are shaking, I can't move. | He has a knife, we
-    have to run. | Footsteps are coming up the stairs. | Don't move, he might hear us. | I'm shaking, please
-    don't hurt me. | I locked myself in, please hurry. | I hear someone behind the door. | Please don't leave
-    me in the dark. | I heard footsteps behind me. | There's a man outside with a knife. | Someone whispered
-    my name at night. | Whisper, they might be watching us. | Quick, lock the door and hide. | Something moved
-    behind the door. | Someone is watching our house. | It's dark and I hear footsteps. | I hide under the bed
-    in the dark. | Someone is inside, I locked that door. | I heard a noise outside. | I want to scream but I
-    can't move. | Help me, he's right behind me. | I heard a scream in the street. | My heart is pounding,
-    please help me. | My legs are shaking, I can't run. | I won't go down the dark stairs. | A man was
-    following me, so I ran. | Call the police, there's a man outside. | Someone is following me home. | There
-    is someone at my window.""",
-    "disgust": """Someone threw up all over the bus. | The bin is full of flies and worms. | There's a worm in
-    my soup. | The cheese is green with mould. | I bit into a rotten apple. | His hands are greasy and filthy.
-    | The kitchen floor is so sticky. | I nearly threw up from the smell. | There are flies all over the meat.
-    | Ugh, I stepped in something slimy. | The rubbish stinks, take it out. | That meat makes my stomach turn.
-    | Ugh, his breath smells rotten. | The toilet stinks and it's filthy. | The smell of it turns my stomach.
-    | There is mould on the cheese. | The milk is sour, throw it away. | The fish is slimy and makes me gag. |
-    Ugh, there's spit all over my cup. | Throw that mouldy bread away. | The toilet at work makes me gag. |
-    There's slimy hair in the bath. | The sink is full of greasy hair. | Ugh, he spits on the kitchen floor. |
-    The fridge stinks of sour milk. | There is a slimy hair in my soup. | Who left this filthy thing here? |
-    Something rotten is in the fridge. | Ugh, the table is all sticky. | The bathroom is full of mould.""",
-    "surprised": """I never expected a letter from him. | Really, you did that in one day? | Are you serious,
-    I won the car? | My old boss called out of nowhere. | No way, she is your sister? | Suddenly the box was
-    full of money. | Why is there a horse in the garden? | Wait, you mean he never left? | Oh, I thought you
-    were in Paris. | I had no idea you could sing. | Are you serious, they picked me? | Wait, you are the new
-    boss? | Wow, you came all this way for me? | Wow, I didn't know it was that big. | Wait, the whole shop is
-    gone? | Oh wow, is that really for me? | I didn't know you two were sisters. | Wait, how did this get in
-    my bag? | No way, you really know him? | What, you two are getting married? | He came to my door out of
-    nowhere. | Since when do you speak French? | Suddenly the whole room cheered. | I never expected to see
-    you here. | I can't believe you made all this. | How did he get in here? | I can't believe you have a
-    twin. | I had no idea you were married. | Since when do you have a dog? | How did you know my name?""",
+    "neutral": """I paid the bill at the post office. My appointment is at ten on Friday. I take the bus to
+    the shop. I sent the letter on Friday. The train to work leaves at ten. The train was on time this
+    morning. The next bus leaves at six. I have to pay the bill by Friday. I left the keys on the kitchen
+    table. I need the form for the meeting. The meeting is on Monday at ten. I usually buy bread on Monday. We
+    need milk and bread for Sunday. I usually go to work by train. We usually have lunch at one. He bought
+    some bread at the shop. I put his phone number on the list. The shop is closed for lunch. The office opens
+    at nine on Monday. I put the form on the table. My keys are in the bag by the door. I sent the form to the
+    office. She moved our lunch to Friday. My next appointment is at six. She printed the form for me. The bus
+    to work leaves at nine. I called him about the meeting. The box is on the office table. The shopping list
+    is in my bag. The shop on my street closes at six.""",
+    "calm": """I drink tea and watch the rain. I fall asleep in a soft blanket. I rest my hands and breathe
+    out. I slowly fall asleep by the fire. A warm bath and a quiet night. I close my eyes and breathe in.
+    There is no rush, rest a little. I rest by the warm fire. The lake is still and the air is warm. The cat
+    is asleep on my blanket. The garden is still this evening. We take a slow walk by the lake. My bed is soft
+    and warm. We sit by the sea and watch the waves. I listen to soft music in bed. The waves come in slowly.
+    I listen to the slow waves. I lie in bed and hear the rain. There is no rush this evening. I take a slow
+    breath and let it go. Sunday morning is slow and easy. Soft rain falls on the window. I sit in the garden
+    with my tea. The clouds drift by my window. Warm rain falls on the lake. The fire is low and the light is
+    soft. The house is quiet this evening. My breathing is slow and easy now. There is nothing to do but rest.
+    I lie in the grass by the lake.""",
+    "happy": """The baby laughs when I sing to her. I won the prize, come and celebrate. He made me laugh so
+    much. I sing at work, life is so good. My friends sang for my birthday. I'm so proud, she passed the exam.
+    Best birthday I've had in my life. I can't wait for our holiday. The whole family came to celebrate. We
+    are having a baby, I can't wait. Great news, the baby is here. It's so good to sing with friends. We
+    laughed until the morning. I passed the exam, let's celebrate. I love my new job, it's wonderful. We
+    danced all night at the party. I love having my family together. I love this song, dance with me. Come and
+    dance, what a great day. She gave me a hug and we laughed. He came home with the best news. I got the job,
+    I can't stop smiling. She said yes and we danced. What wonderful news, I'm so proud. We won and everyone
+    cheered. Our holiday starts today, let's go. Our team won, what a wonderful day. It was the best party of
+    my life. My baby can't stop smiling at me. We sing and dance in the kitchen.""",
+    "sad": """It hurts to see his old chair. She left me and I eat alone now. He died before I could say
+    goodbye. He left without saying goodbye. Her side of the bed is empty now. My life is so empty without
+    her. My friends are gone and I'm alone. I miss my dad more every day. His chair is empty now. I miss him
+    most at night. Dad is gone, I never said goodbye. I cried when he went into hospital. It hurts to look at
+    our old photos. Mum is gone and I miss her voice. I was in tears when she left. My dog died last winter. I
+    lost everyone I had. Nobody came to his funeral. We lost the baby last winter. I sit alone with his old
+    photos. Nobody calls me on Sunday anymore. I miss the way she used to sing. I cried in the kitchen last
+    night. I don't want to eat anymore. I cried at the funeral. I cried over his last letter. I lost my best
+    friend last winter. The house is empty without mum. I keep the last letter she wrote. Mum used to call me
+    every night.""",
+    "angry": """You ruined a whole day of my work. I'm sick of your excuses, get out. You had no right to read
+    that. He was so rude I slammed the door. Shut up, I told you to stop that. I'm sick of you shouting at me.
+    How dare he blame me for this? I told him to shut up and get out. You lied to me about the money. How dare
+    you read my letters? You broke it and you don't care. I slammed the door because he lied. Stop shouting at
+    me all the time. This is your fault, don't blame me. Stop making excuses for him. You lie and then you
+    blame me. It's your fault we are late again. Enough, nobody here listens to me. I told you a hundred times
+    to stop. I've had enough of your lies. He cheated me out of my money. You took my money without asking. My
+    boss lied to us again. Enough, I slammed the phone down. Don't talk to me like that. Don't you dare touch
+    my car again. You never listen to what I told you. Give me back my money right now. You never listen, I'm
+    sick of it. Get out of my kitchen right now.""",
+    "fearful": """Hide quick before he comes back. My hands are shaking, I can't move. He has a knife, we have
+    to run. Footsteps are coming up the stairs. Don't move, he might hear us. I'm shaking, please don't hurt
+    me. I locked myself in, please hurry. I hear someone behind the door. Please don't leave me in the dark. I
+    heard footsteps behind me. There's a man outside with a knife. Someone whispered my name at night.
+    Whisper, they might be watching us. Quick, lock the door and hide. Something moved behind the door.
+    Someone is watching our house. It's dark and I hear footsteps. I hide under the bed in the dark. Someone
+    is inside, I locked that door. I heard a noise outside. I want to scream but I can't move. Help me, he's
+    right behind me. I heard a scream in the street. My heart is pounding, please help me. My legs are
+    shaking, I can't run. I won't go down the dark stairs. A man was following me, so I ran. Call the police,
+    there's a man outside. Someone is following me home. There is someone at my window.""",
+    "disgust": """Someone threw up all over the bus. The bin is full of flies and worms. There's a worm in my
+    soup. The cheese is green with mould. I bit into a rotten apple. His hands are greasy and filthy. The
+    kitchen floor is so sticky. I nearly threw up from the smell. There are flies all over the meat. Ugh, I
+    stepped in something slimy. The rubbish stinks, take it out. That meat makes my stomach turn. Ugh, his
+    breath smells rotten. The toilet stinks and it's filthy. The smell of it turns my stomach. There is mould
+    on the cheese. The milk is sour, throw it away. The fish is slimy and makes me gag. Ugh, there's spit all
+    over my cup. Throw that mouldy bread away. The toilet at work makes me gag. There's slimy hair in the
+    bath. The sink is full of greasy hair. Ugh, he spits on the kitchen floor. The fridge stinks of sour milk.
+    There is a slimy hair in my soup. Who left this filthy thing here? Something rotten is in the fridge. Ugh,
+    the table is all sticky. The bathroom is full of mould.""",
+    "surprised": """I never expected a letter from him. Really, you did that in one day? Are you serious, I
+    won the car? My old boss called out of nowhere. No way, she is your sister? Suddenly the box was full of
+    money. Why is there a horse in the garden? Wait, you mean he never left? Oh, I thought you were in Paris.
+    I had no idea you could sing. Are you serious, they picked me? Wait, you are the new boss? Wow, you came
+    all this way for me? Wow, I didn't know it was that big. Wait, the whole shop is gone? Oh wow, is that
+    really for me? I didn't know you two were sisters. Wait, how did this get in my bag? No way, you really
+    know him? What, you two are getting married? He came to my door out of nowhere. Since when do you speak
+    French? Suddenly the whole room cheered. I never expected to see you here. I can't believe you made all
+    this. How did he get in here? I can't believe you have a twin. I had no idea you were married. Since when
+    do you have a dog? How did you know my name?""",
 }
+
 
 def sentence_bank(path="", emotions=EMOTIONS):
     """A dict from emotion to its sentences: the 30 above, or those of a table. Raises UserError."""
     return read_sentences(path, emotions) if path else {
-        emotion: [" ".join(sentence.split()) for sentence in text.split("|")]
-        for emotion, text in SENTENCES.items()}
+        emotion: re.split("(?<=[.?]) ", " ".join(text.split())) for emotion, text in SENTENCES.items()}
 
 
 def read_sentences(path, emotions=EMOTIONS):
@@ -945,7 +941,7 @@ def write_down(waves, whisper, model):
 
 
 # %% 8. Audio features
-class AudioError(ValueError):
+class AudioError(UserError):
     """Why a recording cannot be used."""
 
 
@@ -1052,9 +1048,8 @@ def add_features(clips, audit, cfg):
     entries, frames = read_back(index), read_back(data, functools.partial(np.load, mmap_mode="r"))
     bad = np.array([isinstance(entry, str) for entry in entries])
     audit["left_out"].update((path, entry) for path, entry, b in zip(clips["path"], entries, bad) if b)
-    counts = [entry for entry in entries if not isinstance(entry, str)]
-    mels = [frames[end - count:end] for count, end in zip(counts, np.cumsum(counts))]
-    return clips[~bad].reset_index(drop=True).assign(mel=pd.Series(mels, dtype=object))
+    ends = np.cumsum([entry for entry in entries if not isinstance(entry, str)])
+    return clips[~bad].reset_index(drop=True).assign(mel=pd.Series(np.split(frames, ends[:-1]), dtype=object))
 
 
 # %% 9. Text features
@@ -1086,8 +1081,7 @@ def load_text_encoder(name):
         transformers.logging.set_verbosity(level)
     if None in map(ids.token_to_id, ("[PAD]", "[CLS]", "[SEP]", "[MASK]")):
         raise UserError(f"--bert-model {name} is not of BERT's family, it has other special tokens: {advice}")
-    missing = [key for key in info["missing_keys"] if "pooler" not in key]
-    if missing:  # transformers would fill them with random numbers
+    if missing := [key for key in info["missing_keys"] if "pooler" not in key]:  # they would be random
         raise UserError(f"--bert-model {name} lacks the weights of {missing[0]} and others: {advice}")
     return json.loads(module.config.to_json_string(use_diff=False)), ids.to_str(), module.float()
 
@@ -1105,33 +1099,30 @@ class ClipDataset(Dataset):
 
     def __init__(self, clips, model, cfg, device, augment=False, inputs=None):
         inputs = inputs or model.inputs
-        self.model, self.device, self.augment, self.view = model, device, augment, VIEWS[0]
+        self.model, self.cfg, self.device, self.augment, self.view = model, cfg, device, augment, VIEWS[0]
         self.labels = torch.tensor(clips["emotion"].cat.codes.to_numpy(np.int64))
         self.classes = len(classes_of(clips))
         self.lengths = torch.tensor([len(mel) for mel in clips["mel"]])  # in frames
-        self.firsts = self.lengths.cumsum(0) - self.lengths
-        heard = list(clips["mel"]) if "mel" in inputs else []
-        self.mels = torch.from_numpy(np.concatenate(heard)).to(device) if heard else None  # (all T, M)
+        self.firsts = self.lengths.cumsum(0) - self.lengths  # of each clip in mels (all T, M)
+        self.mels = torch.from_numpy(np.concatenate([*clips["mel"]])).to(device) if "mel" in inputs else None
         self.words = {} if inputs == ("mel",) else model.tokenize(list(clips["transcript"]))
         self.frames = window_frames(cfg)
-        self.rate, self.word_dropout, self.mixup = cfg.sampling_rate, cfg.word_dropout, cfg.mixup
 
     def __len__(self):
         return len(self.labels)
 
     def __getitem__(self, rows):
-        batch = {"label": self.labels[rows]}
-        batch |= {key: ids[rows] for key, ids in self.words.items()}
+        batch = {"label": self.labels[rows]} | {key: ids[rows] for key, ids in self.words.items()}
         if self.augment and self.words:
             ids = next(iter(self.words))
-            hide = torch.rand(batch[ids].shape) < self.word_dropout
+            hide = torch.rand(batch[ids].shape) < self.cfg.word_dropout
             hide &= ~torch.isin(batch[ids], torch.tensor(self.model.special_ids))
             batch[ids] = batch[ids].masked_fill(hide, self.model.hidden_id)
         batch = {key: tensor.to(self.device) for key, tensor in batch.items()}
         if self.mels is not None:
             batch["mel"] = self.windows(rows)
-        mixed = self.augment and self.mixup and not self.words
-        return mix(batch, self.classes, self.mixup) if mixed else batch
+        mixed = self.augment and self.cfg.mixup and not self.words
+        return mix(batch, self.classes, self.cfg.mixup) if mixed else batch
 
     def windows(self, rows):
         """Log-mel windows (B, 1, M, T) of clips, as `augment` and `view` say."""
@@ -1162,7 +1153,7 @@ class ClipDataset(Dataset):
         source = math.ceil(self.frames * float(step.max())) + 2
         mel = self.cut(rows, starts[:, 0].floor().long(), source)
         time = (starts - starts.floor() + step * torch.arange(self.frames)) * 2 / (source - 1) - 1  # (B, T)
-        band = bands_heard(speed, mel.shape[2], self.rate) * warp + shift  # (B, M)
+        band = bands_heard(speed, mel.shape[2], self.cfg.sampling_rate) * warp + shift  # (B, M)
         grid = torch.stack(torch.broadcast_tensors(time[:, None], band[:, :, None]), dim=3)  # (B, M, T, 2)
         return F.grid_sample(mel, grid.to(self.device).clamp(-1, 1), align_corners=True)  # as MPS can
 
@@ -1249,9 +1240,8 @@ class ResidualBlock(nn.Module):
         self.body = nn.Sequential(*normed(inputs, outputs, 3, stride, 1), nn.ReLU(),
                                   *normed(outputs, outputs, 3, 1, 1))
         self.shortcut = nn.Sequential(*normed(inputs, outputs, 1, stride))
-        self.gate = nn.Sequential(
-            nn.AdaptiveAvgPool2d(1), nn.Conv2d(outputs, outputs // 8, 1), nn.ReLU(),
-            nn.Conv2d(outputs // 8, outputs, 1), nn.Sigmoid()) if squeeze else None
+        self.gate = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(outputs, outputs // 8, 1), nn.ReLU(),
+                                  nn.Conv2d(outputs // 8, outputs, 1), nn.Sigmoid()) if squeeze else None
 
     def forward(self, x):
         """(B, inputs, H, W) -> (B, outputs, H / stride, W / stride)."""
@@ -1396,15 +1386,14 @@ class EarlyFusion(Encoder):
         super().__init__(classes=classes, dropout=dropout, parts=parts, fusion=fusion)
         self.encoders = nn.ModuleDict({name: MODELS[name].kind(**spec) for name, spec in parts.items()})
         self.encoders.requires_grad_(False)
-        self.inputs = tuple(key for encoder in self.encoders.values() for key in encoder.inputs)
-        text = next(encoder for encoder in self.encoders.values() if "mel" not in encoder.inputs)
+        (sound, cnn), (words, text) = self.encoders.items()
+        self.inputs = cnn.inputs + text.inputs
         self.tokenize, self.special_ids, self.hidden_id = text.tokenize, text.special_ids, text.hidden_id
         self.norms = nn.ModuleDict({name: nn.LayerNorm(part.width) for name, part in self.encoders.items()})
-        (first, one), (second, two) = self.encoders.items()
         self.cross = nn.ModuleDict({
-            first: CrossAttention(one.step_width, two.step_width, dropout),
-            second: CrossAttention(two.step_width, one.step_width, dropout)} if fusion == "attention" else {})
-        self.head = nn.Sequential(nn.Linear(one.width + two.width, 128), nn.ReLU(), nn.Dropout(dropout),
+            sound: CrossAttention(cnn.step_width, text.step_width, dropout),
+            words: CrossAttention(text.step_width, cnn.step_width, dropout)} if fusion == "attention" else {})
+        self.head = nn.Sequential(nn.Linear(cnn.width + text.width, 128), nn.ReLU(), nn.Dropout(dropout),
                                   nn.Linear(128, classes))
 
     def train(self, mode=True):
@@ -2825,7 +2814,7 @@ def synthesize(emotion, actor, rng, rate):
     return 0.9 * wave + rng.normal(0, 3e-4, len(wave))
 
 
-def write_demo_corpus(folder, actors=range(1, 25), statements=(1, 2), rate=16000):
+def write_demo_corpus(folder, actors=range(1, 25), statements=(1, 2)):
     """Write synthetic clips under RAVDESS names, one per actor, emotion and statement, if missing."""
     def write(name):
         """Write the clip of one RAVDESS name."""
@@ -2833,17 +2822,18 @@ def write_demo_corpus(folder, actors=range(1, 25), statements=(1, 2), rate=16000
         if not path.exists():
             rng = np.random.default_rng(int(name.replace("-", "")))
             with replacing(path) as temporary:
-                soundfile.write(temporary, synthesize(emotion, int(name[-2:]), rng, rate), rate, "PCM_16")
+                soundfile.write(temporary, synthesize(emotion, int(name[-2:]), rng, 16000), 16000, "PCM_16")
     in_parallel(write, [f"03-01-{emotion:02}-01-{statement:02}-01-{actor:02}" for actor in actors
                         for emotion in range(1, 9) for statement in statements], "Synthetic clips")
 
 
 def write_demo_encoder(folder):
     """Write a small, untrained DistilBERT that knows the words of the sentence bank, in the usual layout."""
-    transformers = load_transformers()
-    import tokenizers
     if Path(folder, "model.safetensors").exists():
         return
+    shutil.rmtree(folder, ignore_errors=True)  # an incomplete one
+    transformers = load_transformers()
+    import tokenizers
     words = sorted(set(words_in(" ".join(itertools.chain(*sentence_bank().values())))))
     special = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
     ids = {token: index for index, token in enumerate([*special.values(), *".,?!'", *words])}
