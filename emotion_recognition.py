@@ -1455,7 +1455,7 @@ FILES = {"history": "histories/{}.csv", "predictions": "predictions/{}.csv", "ch
          "state": "{}_training.pth",  # of a training that is not finished
          "weights": "{}.json", "out_of_fold": "predictions/{}_out_of_fold.csv"}
 RESULTS = "history", "predictions", "checkpoint"  # what a training leaves, in this order
-TRAIN_AGAIN = "train it again with --phase all, or name another --output-dir"
+TRAIN_AGAIN = "train with --phase all, or name another --output-dir"
 
 
 def file_of(cfg, kind, name):
