@@ -1415,6 +1415,20 @@ def test_a_single_run_beside_a_newer_cross_validation_does_not_answer(copied):
         er.Predictor(OUTPUT)
 
 
+def test_whisper_is_found_by_the_name_of_its_file_and_loaded_once(copied, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(Path("cache").absolute()))
+    touch("cache/whisper", "large-v3-turbo.pt")
+    loaded = []
+    monkeypatch.setattr(er, "load_whisper", lambda name, *_: (loaded.append(name), None))
+    monkeypatch.setattr(er, "write_down", lambda waves, *_: ["What a day."])
+    for name in ("a", "b"):
+        written(f"own/{name}.wav", speech())
+    er.main(["--demo", "--phase", "predict", "--input", "own", "--whisper-model", "turbo"])
+    assert loaded == ["large-v3-turbo"]
+    table = pd.read_csv(OUTPUT / "recordings/predictions.csv")
+    assert dict(table["recording"].value_counts()) == {"a.wav": len(STEMS), "b.wav": len(STEMS)}
+
+
 def test_whisper_is_asked_only_when_its_weights_are_there(copied, capsys, request):
     written("a.wav", speech())
     command = ["--demo", "--phase", "predict", "--input", "a.wav", "--json"]
