@@ -1700,6 +1700,16 @@ def test_a_foreign_corpus_without_words_is_only_heard_as_in_training(copied, mon
     assert "intervals draw single clips" in str(figures["audit"])
 
 
+def test_clips_that_the_models_know_from_training_are_counted(copied):
+    clips = pd.read_csv(OUTPUT / "clips.csv")
+    (clips[["path", "emotion"]].assign(path=[Path(path).absolute() for path in clips["path"]])
+     .to_csv("all.csv", index=False))
+    er.main(["--manifest", "all.csv", "--output-dir", str(OUTPUT), "--phase", "evaluate"])
+    known = (clips["split"] != "test").sum()
+    marks = read_json(OUTPUT / "evaluation_all/metrics.json")["marks"]
+    assert f"{known} of these {len(clips)} clips are known from training: the figures flatter" in marks
+
+
 def test_tables_of_the_same_name_do_not_overwrite_each_others_figures(evaluated):
     shutil.copytree("own", "other")
     before = contents(OUTPUT)
