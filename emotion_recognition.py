@@ -1415,9 +1415,9 @@ class EarlyFusion(Encoder):
         size, device, joined = len(next(iter(batch.values()))), self.head[0].weight.device, []
         chance = torch.rand(size, device=device) if self.training else torch.full((size,), 0.5).to(device)
         kept = dict(zip(self.encoders, (chance > 0.25, chance < 0.75)))  # (B,) each
-        there = {name: part for name, part in self.encoders.items() if set(part.inputs) <= set(batch)}
         with torch.no_grad():
-            heard = {name: part.sequence(batch) for name, part in there.items()}
+            heard = {name: part.sequence(batch) for name, part in self.encoders.items()
+                     if set(part.inputs) <= set(batch)}
         for (name, part), other in zip(self.encoders.items(), reversed(list(self.encoders))):
             if name not in heard:
                 joined.append(self.norms[name](torch.zeros(size, part.width, device=device)))
@@ -2478,9 +2478,9 @@ def plot_study(table, cfg):
         part = table[(table["text_model"] == model) & ~table["row"].str.endswith(("_audio", "_text"))]
         for title, line in part.groupby("title", sort=False):
             line = line.sort_values("text_uar")
-            x, y, spread = (100 * line[key] for key in ("text_uar", "uar", "sd_folds"))
+            x, y, deviation = (100 * line[key] for key in ("text_uar", "uar", "sd_folds"))
             axis.plot(x, y, "o-", markersize=3, label=title)
-            axis.fill_between(x, y - spread, y + spread, alpha=0.08)
+            axis.fill_between(x, y - deviation, y + deviation, alpha=0.08)
         axis.axhline(100 * part["chance"].max(), color="firebrick", linestyle="--", label="chance")
         axis.set(title=model, xlabel=f"test UAR of {model} alone in %, by noise in sentences", ylim=(0, 101))
         axis.legend(fontsize=8, loc="lower right")
@@ -2694,7 +2694,7 @@ def describe_recording(path, name, predictor, cfg):
         text, source = words_of(path, predictor, cfg) if len(windows) else (None, "")
     except AudioError as error:
         return {"recording": name, "error": str(error), "models": []}
-    answers, table = predictor.answers(windows, text), ""
+    answers, over_time = predictor.answers(windows, text), ""
     summary, course = predictor.summarize(windows, answers), predictor.follow(windows, answers)
     if len(windows) > 1:
         plain = re.sub(r"[^\w.-]", "_", name)[-100:]  # a/b.wav and a_b.wav must not share a file
@@ -2703,12 +2703,12 @@ def describe_recording(path, name, predictor, cfg):
         with only_warning():
             save_table(table, course, predictor.heard)
             plot_over_time(table.with_suffix(".png"), path, course, predictor)
+            over_time = str(table)
     models = [{"model": title, "predicted": line["predicted"], "note": line["note"], "probabilities": {
         emotion: None if math.isnan(line[emotion]) else line[emotion] for emotion in predictor.classes}}
         for title, line in summary.to_dict("index").items()]
     return {"recording": name, "answer": models[0]["predicted"], "text": text, "text_source": source,
-            "models": models, "windows": course.to_dict("records"),
-            "over_time": str(table) if table and table.exists() else ""}
+            "models": models, "windows": course.to_dict("records"), "over_time": over_time}
 
 
 def plot_over_time(path, recording, course, predictor):
@@ -3059,10 +3059,11 @@ def evaluate_phase(cfg):
     names = predictor.rows("transcript" in clips)
     sources = [marks(predictor.heard), *(predictor.source(name)["marks"] for name in names if name != "cnn")]
     folder = Path(cfg.output_dir, f"evaluation_{here.stem}")
-    if (folder / "metrics.json").exists():
+    other = cfg.manifest
+    with contextlib.suppress(UserError, LookupError, TypeError):
         other = read_back(folder / "metrics.json")["settings"]["manifest"]
-        if here != Path(other).resolve():
-            raise UserError(f"{folder} holds the figures of {other}: move it away, or rename {cfg.manifest}")
+    if here != Path(other).resolve():
+        raise UserError(f"{folder} holds the figures of {other}: move it away, or rename {cfg.manifest}")
     notes = [f"models of {cfg.output_dir} on another corpus"]
     with contextlib.suppress(UserError, LookupError):  # nothing but checkpoints is needed
         mine = read_back(Path(cfg.output_dir, "clips.csv"), functools.partial(pd.read_csv, dtype=str))

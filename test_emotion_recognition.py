@@ -1373,7 +1373,7 @@ def test_flags_that_do_not_concern_audio_cnn_may_stay_when_predicting(flags, cop
 
 def test_an_answer_that_cannot_be_written_is_still_given(copied, capsys):
     written("own/long.wav", np.tile(speech(), 8))
-    touch(OUTPUT, "recordings")  # a file where the folder would be
+    touch(OUTPUT / "recordings", "long.wav.csv/in the way", "predictions.csv/in the way")
     er.main(["--demo", "--phase", "predict", "--input", "own", "--json"])
     output = capsys.readouterr()
     (answer,) = json.loads(output.out)
@@ -1716,6 +1716,9 @@ def test_tables_of_the_same_name_do_not_overwrite_each_others_figures(evaluated)
     with pytest.raises(er.UserError, match=r"evaluation_corpus holds the figures of own/corpus.csv: move"):
         er.main(["--manifest", "other/corpus.csv", "--output-dir", str(OUTPUT), "--phase", "evaluate"])
     assert contents(OUTPUT) == before
+    er.save(FOREIGN / "metrics.json", [1])  # not ours: nothing is known of its figures
+    er.main(["--manifest", "other/corpus.csv", "--output-dir", str(OUTPUT), "--phase", "evaluate"])
+    assert read_json(FOREIGN / "metrics.json")["settings"]["manifest"] == "other/corpus.csv"
 
 
 # %% Resuming
