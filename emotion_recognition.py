@@ -220,6 +220,7 @@ def flag_of(name, value):
 
 def read_number(key, text):
     """The number in a text, if it lies in its range; else the error that argparse reports."""
+    # The ends of the range say the type too.
     low, high = ALLOWED.get(key, (1, 2**31))
     value = math.nan
     with contextlib.suppress(ValueError):
@@ -239,6 +240,7 @@ def make_parser():
         prog="emotion_recognition.py", allow_abbrev=False, argument_default=argparse.SUPPRESS,
         description="Speech emotion recognition on RAVDESS: sound, words, and both.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    # argparse would end the process, and with it a notebook's cell in a dump of SystemExit.
     parser.error = stop
 
     # A notebook has no file, so its flags have no help.
@@ -284,6 +286,7 @@ def check_settings(cfg):
     """Raise a UserError that names the first flags which cannot be or do not go together."""
     folds, names = names_in(cfg.folds), set(names_in(cfg.run_models))
     known = [name for name in TRAINED if not name.startswith("attention")]
+    # One corpus a run; --download fills the folder of --ravdess-path.
     corpora = holding({f"--manifest {cfg.manifest}": cfg.manifest, "--demo": cfg.demo,
                        "--ravdess-path or --download": cfg.download or "ravdess_path" in cfg.given})
     refuse({
@@ -309,6 +312,7 @@ def names_in(text):
 def runs_of(cfg):
     """The settings of each run: one per seed and fold, each with its own folder if there are several."""
     runs = []
+    # Every fold of a seed before the next seed: a first whole cross-validation is there as soon as can be.
     for seed, fold in itertools.product(range(cfg.seed, cfg.seed + cfg.runs), names_in(cfg.folds)):
         folder = str(Path(cfg.output_dir, f"fold_{fold}_seed_{seed}"))
         runs.append(cfg._replace(folds=fold, seed=seed, runs=1, output_dir=folder))
@@ -361,6 +365,7 @@ def read_corpus(cfg):
     copies = clips[clips.duplicated("clip")].assign(reason="second copy")
     left_out = pd.concat([left_out, broken, copies], ignore_index=True)[["path", "reason"]]
     clips = clips.drop_duplicates("clip").sort_values("clip", ignore_index=True)
+    # Eight emotions that silently become seven would be another task.
     lacking = set(classes_of(clips)).difference(clips["emotion"])
     refuse({f"{unusable(left_out)}{source} has no {' and no '.join(lacking)} clip that can be used: complete "
             "the folder of --ravdess-path": lacking and not cfg.manifest})
@@ -379,6 +384,7 @@ def find_corpus(cfg):
         if len(list_ravdess(place)[0]):
             return place
 
+    # Whoever named a folder hears what is wrong with it, all others where clips were looked for.
     reasons = {
         "does not exist": not path.exists(),
         "is a file, not a folder": path.is_file(),
@@ -447,6 +453,7 @@ def list_manifest(path):
     """
     advice = "mend it or leave out --manifest"
     table = read_table(path, ["path", "emotion"], ["speaker", "split", "transcript"], advice)
+    # Tables come from Windows too, and "Sad " is "sad".
     clips = table.assign(
         clip=[PureWindowsPath(text).as_posix() for text in table["path"]],
         emotion=table["emotion"].str.split().str.join(" ").str.lower(),
@@ -454,14 +461,7 @@ def list_manifest(path):
         split=table["split"].str.lower())
     clips["first"] = first_lines(clips["clip"])
     there = clips.columns[(clips != "").any()]
-    refuse_lines(path, clips, {
-        "it has no path": clips["path"] == "",
-        "it has no emotion": clips["emotion"] == "",
-        "the path of line {first} again": clips["first"] < clips.index,
-        "{emotion!r} is the name of a column in tables of predictions": clips["emotion"].isin(RESERVED),
-        "it has no speaker, and other lines have one": (clips["actor"] == "") & ("actor" in there),
-        f"{{split!r}} is none of {', '.join(SPLITS)}": ~clips["split"].isin(SPLITS) & ("split" in there),
-    }, advice)
+    refuse_lines(path, clips, manifest_problems(clips, there), advice)
 
     clips["emotion"] = pd.Categorical(clips["emotion"], in_label_order(set(clips["emotion"])))
     refuse({f"{path} has fewer than two emotions to tell apart: {advice}": clips["emotion"].nunique() < 2})
@@ -469,6 +469,18 @@ def list_manifest(path):
     clips["actor"] = numbers_if_plain(clips["actor"])
     optional = [name for name in ("split", "transcript") if name in there]
     return clips[["clip", "path", "emotion", "actor", *optional]].reset_index(drop=True), pd.DataFrame()
+
+
+def manifest_problems(clips, there):
+    """What can be wrong with lines of a manifest: {sentence: which lines}; `there` has the columns in use."""
+    return {
+        "it has no path": clips["path"] == "",
+        "it has no emotion": clips["emotion"] == "",
+        "the path of line {first} again": clips["first"] < clips.index,
+        "{emotion!r} is the name of a column in tables of predictions": clips["emotion"].isin(RESERVED),
+        "it has no speaker, and other lines have one": (clips["actor"] == "") & ("actor" in there),
+        f"{{split!r}} is none of {', '.join(SPLITS)}": ~clips["split"].isin(SPLITS) & ("split" in there),
+    }
 
 
 def in_label_order(emotions):
@@ -494,6 +506,7 @@ def read_table(path, needed, optional, advice):
     except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"{path} is not readable as CSV ({error}): {advice}") from error
 
+    # What csv lets pass, but would be read as something else than was meant.
     columns = [*needed, *optional]
     twice = " and ".join(name for name in columns if header.count(name) > 1)
     wide = next((number for number, row in rows.items() if len(row) > len(header)), 0)
@@ -563,6 +576,7 @@ def split_kind(clips, cfg):
     asked = "split" in cfg.given and (own or cfg.split == "speaker")
     refuse({f"{why}, so there are no folds: leave out --folds and --runs": cfg.folds != "0" or cfg.runs > 1,
             f"{why}: leave out --split {cfg.split}": asked})
+    # Nobody can be split by speaker whose name is not known.
     if not own:
         return "random"
     shared = clips.groupby("actor")["split"].nunique().max() > 1
@@ -615,6 +629,7 @@ def split_clips(corpus, run):
         clips = clips.assign(split=dealt(clips["actor"], validation, test))
     elif corpus.split == "random":
         clips = clips.assign(split=deal_at_random(clips, run.seed))
+    # Under another name, the same bytes may stand on the other side of the split.
     order = clips["split"].map(SPLITS.index)
     clips = clips[order == order.groupby(clips["digest"]).transform("min")].reset_index(drop=True)
 
@@ -635,6 +650,7 @@ def fold_actors(actors, fold):
     """(validation actors, test actors) of one fold; other than the 24 actors are dealt into five groups."""
     if actors == list(range(1, 25)):
         return VALIDATION_ACTORS[fold], TEST_ACTORS[fold]
+    # Another corpus has no published folds: every fifth speaker is tested, the next one validates.
     groups = min(5, len(actors))
     if groups < 3 or fold >= groups:
         raise UserError(f"{len(actors)} actor(s) cannot be split by speaker into three (fold {fold}): name "
@@ -644,6 +660,7 @@ def fold_actors(actors, fold):
 
 def deal_at_random(clips, seed):
     """The names of the splits (N,): 70, 15 and 15 % of every emotion's clips, the same bytes together."""
+    # Bytes are dealt, not clips, so that copies stay together.
     once = clips.drop_duplicates("digest")
     deal = functools.partial(train_test_split, random_state=seed)
     try:
@@ -761,6 +778,7 @@ def read_sentences(path, emotions=EMOTIONS):
         "the sentence of line {first} again": table["first"] < table.index,  # it could cross splits
     }, advice)
 
+    # Sentences for emotions that this corpus lacks are ignored.
     bank = {emotion: table.loc[table["emotion"] == emotion, "sentence"].tolist() for emotion in emotions}
     for emotion, sentences in bank.items():  # a fifth is tested, a fifth validates
         refuse({f"{path} has {len(sentences)} of 5 or more sentences for {emotion}: {advice}":
@@ -781,6 +799,7 @@ def add_transcripts(clips, corpus, run):
 
     bank = sentence_bank(run.sentences_csv, classes_of(clips))
     clips = clips.assign(sentence_emotion=deal_emotions(clips, run))
+    # Each clip has a generator of its own: its sentence does not depend on which other clips are there.
     drawn = []
     for row in clips.itertuples():
         sentences = sentences_of(bank[row.sentence_emotion], row.split, run.fold)
@@ -797,6 +816,7 @@ def deal_emotions(clips, run):
     rng = np.random.default_rng(run.seed)
     for split in SPLITS:
         rows = np.flatnonzero(clips["split"] == split)
+        # Within a split, so that no sentence crosses to another one.
         chosen = rng.permutation(rows)[:round(run.sentence_noise * len(rows))]
         emotions[chosen] = emotions[rng.permutation(chosen)]
     return emotions
@@ -811,6 +831,7 @@ def transcribe(clips, cfg, device):
     model_key = digest(source.read_bytes()) if source.is_file() else cfg.whisper_model
     cache = read_back(path) if path.exists() else {}
     refuse({f"{path} holds no transcripts: delete it or name another --output-dir": type(cache) is not dict})
+    # A cache by content: another checkpoint or a changed clip is transcribed anew.
     keys = model_key + " " + clips["digest"]
     todo = clips["path"][~keys.isin(list(cache))]
     for row in tqdm(todo.index, "Transcribing", disable=todo.empty):
@@ -843,6 +864,7 @@ def transcript_of(source, name, device, way_out="leave out --no-use-simulated-se
     on_gpu = model.device.type == "cuda"
     options = whisper.DecodingOptions(language="en", without_timestamps=True, fp16=on_gpu)
     result = model.decode(mel, options)
+    # Whisper's own transcribe() applies the same limits; decode() does not.
     silent = result.no_speech_prob > 0.6 and result.avg_logprob < -1.0
     return "" if silent or result.compression_ratio > 2.4 else result.text.strip()
 
@@ -850,6 +872,7 @@ def transcript_of(source, name, device, way_out="leave out --no-use-simulated-se
 def word_error_rate(clips):
     """Words wrong, missing or too many in transcripts, as a share of the words of RAVDESS's statements."""
     distance = load_torchaudio().edit_distance
+    # torchaudio counts edits of sequences of anything, here of words.
     true = clips["statement"].map(STATEMENTS).map(words_in)
     found = clips["transcript"].map(lambda text: words_in(text) * bool(text))
     return sum(map(distance, true, found)) / true.map(len).sum()
@@ -880,6 +903,7 @@ def load_clip(source, cfg, rate=0):
 def load_samples(source, rate, trim_db=math.inf, own_rate=0):
     """(float32 samples (n,) at `rate` Hz without silent ends, their start in s, key). Raises AudioError."""
     samples, own_rate, key = read_sound(source, own_rate)
+    # What is wrong with the numbers, before anything is computed with them.
     peak = np.abs(samples).max(initial=0)
     if peak < 1e-4:
         raise Silence("silent" if len(samples) else "no samples in it")
@@ -935,6 +959,7 @@ def decode_with_librosa(path):
 
 def downmix(recording, rate):
     """Samples (n,) of an array of one or more channels, float32, and their rate in Hz. Raises UserError."""
+    # Integers are scaled by their type, whatever their peak is.
     samples, rate = np.asarray(recording), rate or 0
     numbers = samples.ndim in (1, 2) and samples.dtype.kind in "iuf"
     refuse({"a recording is a path, or an array of numbers of shape (n,), (n, channels) or (channels, n) "
@@ -950,6 +975,7 @@ def downmix(recording, rate):
 
 def loud_part(samples, rate, trim_db):
     """The slice without both ends `trim_db` below the clip's own peak, but for 50 ms before, 100 ms after."""
+    # Relative to the clip's own peak: ten clips of RAVDESS peak below 1 % of full scale.
     level = np.abs(samples)
     loud = (level >= 0.9999 * level.max() * 10 ** (-trim_db / 20)).tobytes()  # bytes are searched fast
     return slice(max(0, loud.index(1) - rate // 20), loud.rindex(1) + rate // 10)
@@ -978,6 +1004,7 @@ def window_and_bank(rate, n_fft, n_mels):
 
 def log_mel(samples, cfg):
     """Natural log of (mel power + 1e-6), float16 (T, M): T frames of HOP_LENGTH, M bands."""
+    # The floor of 1e-6 stands for the noise of a quiet room.
     window, bank = window_and_bank(cfg.sampling_rate, cfg.n_fft, cfg.n_mels)
     spectrum = torch.stft(torch.from_numpy(samples), cfg.n_fft, cfg.hop_length, window=window,
                           pad_mode="constant", return_complex=True).T  # (T, F)
@@ -1000,6 +1027,7 @@ def windows_of(clips, cfg):
     """
     second, rows = cfg.sampling_rate / cfg.hop_length, []
     for place, mel in enumerate(clips["mel"]):
+        # Up to LONGEST the model itself chooses its window in the middle, as in training.
         short = len(mel) <= LONGEST * second + 1
         size = len(mel) if short else min(window_frames(cfg), len(mel))
         voiced = level_of(mel) > level_of(mel).max() - cfg.trim_db
@@ -1037,6 +1065,7 @@ def load_text_encoder(name):
         with torch.random.fork_rng(devices=[]):  # loading must draw nothing of what a seed means
             ids = transformers.AutoTokenizer.from_pretrained(name, use_fast=True).backend_tokenizer
             module, info = transformers.AutoModel.from_pretrained(name, output_loading_info=True)
+        # Weights that are lacking would be random, and other special tokens would be hidden as words.
         special = [ids.token_to_id(token) for token in ("[PAD]", "[CLS]", "[SEP]", "[MASK]")]
         lacking = [key for key in info["missing_keys"] if "pooler" not in key]  # they would be random
         refuse({"it is not of BERT's family, it has other special tokens": None in special,
@@ -1053,6 +1082,7 @@ def encoder_digest(name):
     """A key of the content of all files in a text encoder's folder; a name of the hub stands for itself."""
     if not Path(name).is_dir():
         return name
+    # By content, since a folder can be moved, and another model can lie under its name.
     files = sorted(path for path in Path(name).iterdir() if path.is_file())
     return digest(*(path.read_bytes() for path in files))
 
@@ -1091,6 +1121,7 @@ class ClipDataset(Dataset):
         return len(self.labels)
 
     def __getitem__(self, rows):
+        # Words are made on the CPU, log-mels where the model computes.
         words = {key: ids[rows] for key, ids in self.words.items()}
         if self.augment and words:
             words = self.hide_words(words)
@@ -1121,6 +1152,7 @@ class ClipDataset(Dataset):
             warp = torch.exp(spread((n, 1), 0.08))
             shift = spread((n, 1), 0.06)
             return mask(recolour(self.read(rows, place, speed, speed * tempo, warp, shift)))
+        # The plain view needs no interpolation.
         if self.view == VIEWS[0]:
             return self.cut(rows, (self.lengths[rows] - self.frames) // 2, self.frames)
         speed, tempo = (torch.full((n, 1), value) for value in self.view)
@@ -1314,6 +1346,7 @@ class AudioCNN(Encoder):
         deviation, mean = torch.std_mean(batch["mel"], dim=(2, 3), keepdim=True)
         x = (batch["mel"] - mean) / (deviation + 1e-5)
 
+        # Frequency is not pooled away: four bands go into the recurrent layer side by side.
         x = self.convolutions(x)  # (B, 1, M, T) -> (B, 128, M / 16, S)
         if x.shape[2] != 4:  # not 64 mel bands
             x = F.adaptive_avg_pool2d(x, (4, x.shape[3]))
@@ -1378,6 +1411,7 @@ class TextRNN(Encoder):
 
     def pool(self, steps, mask):
         """(B, L, 128) -> (B, 256)."""
+        # One strong word can decide, whatever the mean says.
         most = steps.masked_fill(~mask[..., None], -math.inf).amax(dim=1)
         return torch.cat([masked_mean(steps, mask), most], dim=1)
 
@@ -1461,6 +1495,7 @@ class EarlyFusion(Encoder):
         models = {name: SYSTEMS[name].kind(**spec) for name, spec in parts.items()}
         self.encoders = nn.ModuleDict(models)
         self.encoders.requires_grad_(False)
+        # The parts stand in the order of SYSTEMS: sound first.
         (sound, hearing), (words, reading) = models.items()
         self.inputs = hearing.inputs + reading.inputs
         self.tokenize = reading.tokenize
@@ -1502,6 +1537,7 @@ class EarlyFusion(Encoder):
         sound, words = self.encoders
         kept = {sound: chance > 0.25, words: chance < 0.75}  # (B,) each
 
+        # The parts are frozen: no gradient flows into them.
         with torch.no_grad():
             sequences = {name: part.sequence(batch) for name, part in self.encoders.items()
                          if set(part.inputs) <= set(batch)}
@@ -1542,6 +1578,7 @@ class Trainer:
 
     def __init__(self, model, cfg, steps, device):
         self.model, self.device, self.precision = model, device, training_precision(device)
+        # Weight decay is for matrices only.
         trained = [p for p in model.parameters() if p.requires_grad]
         matrices = [p for p in trained if p.ndim > 1]
         others = [p for p in trained if p.ndim < 2]  # biases and norms
@@ -1589,6 +1626,7 @@ class Trainer:
             logits = self.model(batch)
             loss = self.loss(logits.float(), batch["label"])
 
+        # The scaler does nothing but in float16, where small gradients would vanish.
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
@@ -1613,6 +1651,7 @@ def resume(trainer, path, fingerprint):
     """The history so far of the training whose state lies at `path`, taken over by `trainer`; [] if none."""
     if not path.exists():
         return []
+    # A state that turns out to be broken half-way must leave no trace.
     untouched = copy.deepcopy(trainer.state())
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -1638,6 +1677,7 @@ def train(kind, parts, clips, cfg, device, state, fingerprint):
     model = kind.start(shape, clips, cfg, parts)
     model = model.to(device, memory_format=torch.channels_last)  # faster convolutions
 
+    # Training draws from the whole clip, validation hears windows as prediction does.
     training = clips[clips["split"] == "train"]
     validation = windows_of(clips[clips["split"] == "validation"], cfg)
     size = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -1695,6 +1735,7 @@ def logits_of(model, dataset):
 
 def infer(model, windows, cfg, device):
     """What a model says to windows: log-probabilities (V, W, C), uncalibrated, one for each of its views."""
+    # All views are stored, so that TEST_VIEWS is no setting of a training.
     dataset, log_probs = ClipDataset(windows, model, cfg, device), []
     for dataset.view in model.views:
         log_probs.append(logits_of(model, dataset).log_softmax(dim=1))
@@ -1810,6 +1851,7 @@ def fingerprint_of(cfg, name, clips):
     Settings stand as they are; clips, transcripts, code and parts as keys of their content.
     """
     system = SYSTEMS[name]
+    # A part stands for all that it depends on itself.
     settings = {key: getattr(cfg, key) for key in TRAINING} | system.kind.depends_on(cfg)
     fingerprint = {key: str(value) for key, value in settings.items()}
     fingerprint["clips"] = digest(clips[["clip", "digest", "emotion", "split"]].to_csv(index=False))
@@ -1847,6 +1889,7 @@ def code_digest(*roots):
     Only what stands between `Corpus` and `SYSTEMS` is followed: what is above and below finds files, draws
     and reports. So an edited plot changes no training, and an edited mel filter changes all that hear.
     """
+    # The order of the file is the border: science stands between two landmarks.
     names, todo, seen = list(definitions()), list(roots), {}
     science = names[names.index("Corpus"):names.index("SYSTEMS")] if names else []
     while todo:
@@ -1860,6 +1903,7 @@ def code_digest(*roots):
 
 def without_docstrings(tree):
     """A copy of a syntax tree without its docstrings."""
+    # A docstring is an expression at the beginning of a body; comments are in no tree at all.
     tree = copy.deepcopy(tree)
     for node in ast.walk(tree):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node) is not None:
@@ -1886,11 +1930,13 @@ def train_system(cfg, name, clips, corpus, device):
     Whenever it is killed, the state of its last epoch is there until the checkpoint is.
     """
     path, state = file_of(cfg, name), file_of(cfg, name, "_training.pth")
+    # Before training: what is edited meanwhile is not what was trained.
     fingerprint = fingerprint_of(cfg, name, clips)
     parts = {part: read_checkpoint(cfg, part) for part in SYSTEMS[name].parts}
     print(f"\n{SYSTEMS[name].title}", flush=True)
     model, history = train(SYSTEMS[name].kind, parts, clips, cfg, device, state, fingerprint)
 
+    # What the model says to every clip goes into its file, so that nothing else needs the corpus again.
     windows, words = windows_of(clips, cfg), corpus.words * reads_words(name)
     traits = windows[["clip", "split", "emotion", "voiced", "digest"]].astype({"emotion": str})
     checkpoint = Checkpoint(
@@ -1919,6 +1965,7 @@ def encoder_of(checkpoints):
 # %% 15. Calibration and prediction: the one way from clips to probabilities
 def calibrate(checkpoints, cfg):
     """What validation decides, by system: the temperature of a model, the weights of a learned fusion."""
+    # All checkpoints of a run say something to the same windows in the same order.
     first = next(iter(checkpoints.values()))
     windows = pd.DataFrame(first.windows).query("split == 'validation'")
     log_probs = {name: checkpoint.log_probs[:, windows.index.to_list()]
@@ -1971,6 +2018,7 @@ def pool_windows(probabilities, windows):
 
 def fit_temperature(logits, labels):
     """The temperature that minimises the NLL of softmax(logits / temperature) (Guo et al. 2017)."""
+    # A grid is as good as a search here, and the same on every machine.
     grid = np.geomspace(0.5, 12, 300).tolist()  # a validation split without a mistake would ask for 0
     return min(grid, key=lambda temperature: float(F.cross_entropy(logits / temperature, labels)))
 
@@ -1981,6 +2029,7 @@ def fit_fusion_weights(logs, labels):
     A penalty draws them to 1 / P, the geometric mean: two validation actors leave much open. Its strength
     was chosen where weights of one validation actor are scored on the other.
     """
+    # Every emotion weighs the same, as in UAR.
     share, even = 1 / np.bincount(labels)[labels], 1 / len(logs)
 
     def loss(weights):
@@ -2116,6 +2165,7 @@ def all_figures(results):
 def score(table, classes):
     """Clips, accuracy, UAR, macro-F1, NLL and ECE of rows of predictions, as a dict of builtins."""
     probabilities = table[classes].to_numpy().clip(1e-7, 1)
+    # Six decimals in a CSV do not add up to one.
     true = labels_of(table["emotion"], classes)
     nll = np.log(probabilities.sum(axis=1)) - np.log(probabilities[np.arange(len(true)), true])
     counts, bins = confusion(table, classes), reliability(table, classes)
@@ -2139,6 +2189,7 @@ def confusion(table, classes):
 def reliability(table, classes, bins=15):
     """Clips, their summed confidence and right answers in each of equal bins of confidence: (3, bins)."""
     confidence, right = table[classes].to_numpy().max(axis=1), table["emotion"] == table["predicted"]
+    # A confidence of exactly 1 belongs to the last bin.
     which = np.minimum((confidence * bins).astype(int), bins - 1)
     return np.stack([np.bincount(which, weights, bins) for weights in (None, confidence, right)])
 
@@ -2178,6 +2229,7 @@ def resampled(clusters, names, draws=2000):
 
     Tables with the same cluster `names` share their draws.
     """
+    # The generator is the same each time: systems that share names are compared draw by draw.
     names = np.unique(names)
     counts = np.random.default_rng(0).multinomial(len(names), np.full(len(names), 1 / len(names)), draws)
     return counts[:, np.searchsorted(names, clusters)].astype(np.float32)
@@ -2210,6 +2262,7 @@ def summarize(results):
     """A row per system of the figures that a reader compares, UAR with its interval; index: system."""
     figures = {split: figures_of(results).query("split == @split").droplevel("split") for split in SPLITS}
     train, validation, test = figures.values()
+    # The headline is the mean of the runs, the interval that of the pooled predictions.
     by_run = figures_of(results, "fold", "seed", split="test")["uar"]
     unseen = results.test[results.test["actor"].isin(results.config["unseen_actors"])]
     draws = bootstrap(results)
@@ -2374,6 +2427,7 @@ ARCHIVE = {
 
 def download_corpus(cfg):
     """Put the clips of ARCHIVE into --ravdess-path, all or none, unless clips are found. Raises UserError."""
+    # A corpus that is there is never fetched again.
     with contextlib.suppress(UserError):
         print(f"Nothing to download: RAVDESS clips are in {find_corpus(cfg)}")
         return
@@ -2447,6 +2501,7 @@ def plot_samples(clips, cfg, caveats):
 
 def plot_curves(results):
     """Loss and accuracy by epoch of every model that was trained, the mean of all runs."""
+    # One row per split and kind of curve, as seaborn wants it.
     curves = results.histories.assign(model=results.histories["system"].map(results.titles))
     kinds = ["train_loss", "validation_loss", "train_accuracy", "validation_accuracy"]
     curves = curves.melt(["model", "epoch"], kinds)
@@ -2514,6 +2569,7 @@ def uar_by(results, by):
 
 def draw_plots(results):
     """Draw all plots of results into plots/, from where those of earlier results leave."""
+    # A plot of earlier figures beside these would pass for one of theirs.
     for old in results.folder.glob("plots/*.png"):
         if old.stem not in ("class_counts", "samples"):  # which are of the data
             old.unlink()
@@ -2584,6 +2640,7 @@ def mistakes_of(results, name):
 
 def differences_table(results):
     """Paired differences in points with their 95 % intervals, as texts; those that are sure have a star."""
+    # In points, since that is how UARs are spoken of.
     pairs = paired_differences(results)
     points = (100 * pairs[["difference", "low", "high"]]).round(1) + 0.0  # no -0.0
     pairs["difference"] = [f"{gap:+.1f} ({low:+.1f} to {high:+.1f})" + "*" * bool(low > 0 or high < 0)
@@ -2607,11 +2664,12 @@ def report_sections(results):
             headings = {group: f"{group} ({n})" for group, n in clips.items()}
             table = uar_by(results, by).map("{:.1f}".format).rename(columns=headings)
             sections[f"Test UAR in % by {by} (clips)"] = [table.reset_index()]
-    files = [f"confusion_{SYSTEMS[name].file}" for name in results.test["system"].unique()]
-    plots = [results.folder / "plots" / f"{name}.png" for name in [*PLOTS, *files]]
+    # In the order of PLOTS, then the confusion matrices; draw_plots has removed all others.
+    order = {name: place for place, name in enumerate(PLOTS)}
+    plots = sorted(results.folder.glob("plots/*.png"), key=lambda path: (order.get(path.stem, 9), path.stem))
     return sections | {
         f"{results.titles[first]}: the most confident mistakes": [mistakes_of(results, first)],
-        "Plots": [path for path in plots if path.exists()],
+        "Plots": plots,
         "What the figures mean, and what they do not": meaning(config),
         "How to repeat this": [config["command"], str(config["versions"])],
         "Settings": [pd.DataFrame(config["settings"].items(), columns=["setting", "value"])]}
@@ -2623,6 +2681,7 @@ def write_report(results):
     from docx.shared import Cm
     document, config = docx.Document(), results.config
     page = document.sections[0]
+    # Landscape, since the table of results is wide.
     page.page_width, page.page_height, page.left_margin, page.right_margin = map(Cm, (29.7, 21, 2, 2))
     caveats = "; ".join(config["caveats"]) or f"{config['corpus']}, unseen speakers"
     page.header.paragraphs[0].text = printable(caveats)
@@ -2664,6 +2723,7 @@ def checkpoints_together(cfg):
 
     Who is passed over is said once, since the others can answer. Raises UserError when there is none.
     """
+    # The first one decides who belongs together: same seed, same clips, same parts.
     found, runs = {}, sorted(Path(cfg.output_dir).glob("fold_*_seed_*"))
     for name in (name for name in TRAINED if file_of(cfg, name).exists()):
         with only_warning(not found):
@@ -2746,9 +2806,10 @@ class Predictor:
 
     def ask(self, windows, with_words=False):
         """What each system answers for each clip of some windows: probabilities (N, C) by system."""
+        # Weights are read when they are first needed: a recording without words needs no text encoder.
         names = [name for name in self.checkpoints if with_words or not reads_words(name)]
-        refuse({f"all models of {self.cfg.output_dir} read words: say with --text what is said, or name a table "
-                "with a column transcript": not names})
+        refuse({f"all models of {self.cfg.output_dir} read words: say with --text what is said, or name a "
+                "table with a column transcript": not names})
         for name in set(names).difference(self.models):
             self.models[name] = restore(self.checkpoints[name]).to(self.device)
         log_probs = {name: infer(self.models[name], windows, self.cfg, self.device) for name in names}
@@ -2791,6 +2852,7 @@ def recordings_in(cfg):
 
 def words_said(path, predictor, cfg):
     """What is said in a recording, None if nothing is known, and where that comes from."""
+    # Nobody who asks for an answer expects a download.
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "whisper")
     name = {"large": "large-v3", "turbo": "large-v3-turbo"}.get(cfg.whisper_model, cfg.whisper_model)
     if not any(map(reads_words, predictor.checkpoints)):
@@ -2895,6 +2957,7 @@ def synthesize(emotion, actor, rng, rate):
     pitch, tempo, *strengths = DEMO_VOICES[emotion]
     t = np.arange(int(rate * 5 / tempo)) / rate
     bend = 1 + 0.05 * np.sin(2 * np.pi * tempo / 3 * t + rng.uniform(0, 6))
+    # Women speak higher than men, and no two clips are the same.
     base = (200, 115)[actor % 2] * 2 ** ((pitch + actor % 5 / 2 + rng.normal(0, 0.5)) / 12)
     phase = 2 * np.pi * np.cumsum(base * bend) / rate
     harmonics = sum(strength * np.sin(number * phase) for number, strength in zip((1, 3, 7), strengths))
@@ -2924,6 +2987,7 @@ def write_demo_encoder(folder):
     transformers = load_transformers()
     import tokenizers
     words = sorted(set(words_in(" ".join(itertools.chain(*sentence_bank().values())))))
+    # A vocabulary of whole words: every sentence of the bank can be read.
     special = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
     ids = {token: index for index, token in enumerate([*special.values(), *".,?!'", *words])}
     tokenizer = tokenizers.BertWordPieceTokenizer(ids, lowercase=True)._tokenizer
@@ -2949,6 +3013,7 @@ def write_demo(cfg):
 def describe_corpus(corpus, source):
     """What was found, used and left out, as a list of sentences; left_out.csv has the rest."""
     clips, left_out = corpus.clips, corpus.left_out
+    # Files that are no clips are counted by kind, damaged clips are named.
     broken = left_out[~left_out["reason"].isin(PASSED_OVER)]
     kinds = left_out["reason"].where(left_out["reason"].isin(PASSED_OVER), "unusable").value_counts()
     same = clips[clips.duplicated("digest", keep=False)].groupby("digest")["clip"].apply(list).tolist()
@@ -3056,6 +3121,7 @@ def write_data(corpus, clips_of, cfg):
 
 def models_asked(cfg, corpus):
     """The models that RUN_MODELS, FUSION and PHASE ask for, and the parts that these need, parts first."""
+    # RUN_MODELS names early fusions; FUSION says of which kind.
     kinds = {"concat": ["fusion"], "attention": ["attention"]}.get(cfg.fusion, ["fusion", "attention"])
     asked = {name.replace("fusion", kind) for name in names_in(cfg.run_models) for kind in kinds}
     if cfg.phase in ("unimodal", "fusion"):
@@ -3090,6 +3156,7 @@ def train_run(run, names, clips, corpus, device):
 
 def not_run(answered, cfg, corpus):
     """Why systems that could be asked for have no answers, by name."""
+    # Nobody misses the kind of early fusion that was not asked for, nor the ensemble of a single seed.
     hidden = {"concat": AttentionFusion, "attention": EarlyFusion}.get(cfg.fusion)
     reasons = {}
     for name, system in SYSTEMS.items():
@@ -3125,6 +3192,7 @@ def write_results(cfg, corpus, table, histories, caveats, calibration, encoder, 
 
 def publish(folder):
     """Tables on the console, metrics.json, plots and report of the results in a folder. Raises UserError."""
+    # What was written is read back, so that a report made later has the same figures to the last digit.
     results = read_results(folder)
     save(results.folder / "metrics.json", all_figures(results))
     caveats = "; ".join(results.config["caveats"]) or "unseen speakers"
@@ -3193,6 +3261,7 @@ def evaluate_phase(cfg):
     encoder = encoder_of(predictor.checkpoints)
     flags = cfg._replace(given=[key for key in cfg.given if key != "manifest"])
     refuse_contradictions(flags, predictor.cfg._asdict(), encoder, cfg.output_dir)
+    # The features are those of the training, the corpus is another one.
     work = predictor.cfg._replace(
         phase="evaluate", manifest=cfg.manifest, output_dir=evaluation_folder(cfg), given=cfg.given,
         split="speaker", folds="0", runs=1, demo=False, fusion="both", use_simulated_sentences=False)
@@ -3271,6 +3340,7 @@ def main(argv=None):
     """Do what the settings ask for; `argv` as on the command line. Raises UserError."""
     cfg = parse_settings(argv)
     plt.rcParams["text.parse_math"] = False  # a dollar in a name is a dollar
+    # Surroundings that would end in a traceback: a pipe that is closed, a console with few letters.
     sys.stderr = sys.stderr or io.StringIO()  # closed; tqdm would stumble
     if not in_kernel():
         plt.switch_backend("agg")
