@@ -31,14 +31,14 @@ Trains five models and compares nine systems that tell emotions apart, on speake
     python emotion_recognition.py --folds 0,1,2,3,4              the cross-validation, every actor tested once
     python emotion_recognition.py --manifest corpus.csv          another corpus, listed in a table
     python emotion_recognition.py --phase fusion --epochs-cnn 5  a part of it, with other settings
-    python emotion_recognition.py --phase predict --input a.wav  what the trained models say to a recording
+    python emotion_recognition.py --phase predict --input a.wav  what the trained models say of a recording
     python emotion_recognition.py --help                         every setting is a constant and a flag
 
 AudioCNN reaches 67.1 % UAR on unseen actors (chance 12.5; five folds, three seeds, 95 % interval 62.0 to
 72.5). One fold of everything takes 6 minutes on two AVX-512 cores. Simulated sentences are drawn by label:
 they show what the code does, not what words tell about feelings.
 
-The file reads in the order in which the data flows. What decides a figure stands in sections 4 to 13; the
+The file reads in the order in which the data flows. What decides a figure stands in sections 4 to 16; the
 sections after them find files, draw, report and answer. What a training depends on is compared with what its
 checkpoint says, the code between `Corpus` and `SYSTEMS` included: edited science trains anew.
 """
@@ -165,7 +165,8 @@ ALLOWED = {  # texts: one of them; numbers: least and most, floats if written so
     "sentence_noise": (0.0, 1.0),
     "ema_decay": (0.0, 0.9999),
     **dict.fromkeys(("dropout", "word_dropout", "label_smoothing"), (0.0, 0.99)),
-    **dict.fromkeys(("trim_db", "clip_seconds", "weight_decay", "mixup"), (0.0, 1e6)),
+    **dict.fromkeys(("trim_db", "weight_decay", "mixup"), (0.0, 1e6)),
+    "clip_seconds": (0.0, 600.0),
     **dict.fromkeys(map("learning_rate_{}".format, ("cnn", "rnn", "bert", "fusion")), (0.0, 1e6)),
 }
 DEMO_SETTINGS = {
@@ -225,7 +226,7 @@ def read_number(key, text):
     value = math.nan
     with contextlib.suppress(ValueError):
         value = type(low)(text)
-    if not low <= value <= high:  # NaN neither
+    if not low <= value <= high:  # nor NaN
         raise argparse.ArgumentTypeError(f"{text} is not of type {type(low).__name__} from {low} to {high}")
     return value
 
@@ -312,7 +313,7 @@ def names_in(text):
 def runs_of(cfg):
     """The settings of each run: one per seed and fold, each with its own folder if there are several."""
     runs = []
-    # Every fold of a seed before the next seed: a first whole cross-validation is there as soon as can be.
+    # Every fold of a seed before the next seed: a whole cross-validation is there as early as possible.
     for seed, fold in itertools.product(range(cfg.seed, cfg.seed + cfg.runs), names_in(cfg.folds)):
         folder = str(Path(cfg.output_dir, f"fold_{fold}_seed_{seed}"))
         runs.append(cfg._replace(folds=fold, seed=seed, runs=1, output_dir=folder))
@@ -346,9 +347,10 @@ class Corpus:
 
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
+CLIP_NAME = re.compile("-".join(["([0-9][0-9])"] * 7))  # modality-channel-emotion-intensity-...
 PASSED_OVER = ["second copy", "song", "video", "other name"]  # why files are no clips
 UNFINISHED = ".unfinished"  # ends the name of a folder that --download is still filling
-RESERVED = {  # columns of tables, which no emotion can be called like
+RESERVED = {  # columns of tables: names that no emotion may have
     *"system fold seed split clip actor emotion true predicted caveats transcript intensity sex".split(),
     *"statement repetition digest path mel confidence accuracy start end voiced recording error".split(),
     *"model note text text_source over_time by clips uar nll ece macro_f1".split(),
@@ -366,7 +368,7 @@ def read_corpus(cfg):
     left_out = pd.concat([left_out, broken, copies], ignore_index=True)[["path", "reason"]]
     clips = clips.drop_duplicates("clip").sort_values("clip", ignore_index=True)
     # Eight emotions that silently become seven would be another task.
-    lacking = set(classes_of(clips)).difference(clips["emotion"])
+    lacking = [emotion for emotion in classes_of(clips) if emotion not in set(clips["emotion"])]
     refuse({f"{unusable(left_out)}{source} has no {' and no '.join(lacking)} clip that can be used: complete "
             "the folder of --ravdess-path": lacking and not cfg.manifest})
     split, words = split_kind(clips, cfg), words_kind(clips, cfg)
@@ -403,9 +405,10 @@ def find_corpus(cfg):
 def unusable(left_out):
     """How many clips cannot be used, and the first of them, as the beginning of a sentence; "" if all can."""
     broken = left_out[~left_out["reason"].isin(PASSED_OVER)]
-    firsts = [f"{len(broken)} clips cannot be used (the first, {path}: {reason}); "
-              for path, reason in broken[:1].to_numpy()]
-    return "".join(firsts)
+    if broken.empty:
+        return ""
+    path, reason = broken.iloc[0]
+    return f"{len(broken)} clips cannot be used (the first, {path}: {reason}); "
 
 
 def audio_files(folder):
@@ -427,21 +430,22 @@ def list_ravdess(folder):
     """
     clips, left_out = [], []
     for path in audio_files(folder):
-        codes = [int(code) for code in re.findall(r"\b\d\d\b", path.stem, re.ASCII)]
-        modality, channel, emotion, intensity, statement, repetition, actor = (codes + 7 * [0])[:7]
-        known = {channel, intensity, statement, repetition} <= {1, 2} and 1 <= emotion <= 8 and actor
+        name = CLIP_NAME.fullmatch(path.stem)
+        modality, channel, emotion, *ones_and_twos, actor = map(int, name.groups() if name else [0] * 7)
+        known = channel == 1 and 1 <= emotion <= 8 and {*ones_and_twos} <= {1, 2} and actor
         reasons = holding({
-            "other name": path.stem != "-".join(f"{code:02}" for code in codes) or len(codes) != 7,
+            "other name": not name,
             "video": modality != 3 or path.suffix.lower() == ".mp4",
             "song": channel == 2,
             "a code in its name is none of RAVDESS's": not known})
         left_out += [(str(path), reason) for reason in reasons[:1]]
-        strength, sex = "normal" if intensity == 1 else "strong", ("female", "male")[actor % 2]
-        clip = (path.stem, str(path), emotion - 1, actor, strength, statement, repetition, sex)
-        clips += [clip] * (not reasons)
-    columns = "clip path emotion actor intensity statement repetition sex".split()
+        clips += [(path.stem, str(path), emotion - 1, actor, *ones_and_twos)] * (not reasons)
+
+    columns = "clip path emotion actor intensity statement repetition".split()
     clips = pd.DataFrame(clips, columns=columns)
     clips["emotion"] = pd.Categorical.from_codes(clips["emotion"].astype(int), EMOTIONS)
+    clips["intensity"] = clips["intensity"].map({1: "normal", 2: "strong"})
+    clips["sex"] = clips["actor"].mod(2).map({0: "female", 1: "male"})
     return clips, pd.DataFrame(left_out, columns=["path", "reason"])
 
 
@@ -456,8 +460,8 @@ def list_manifest(path):
     # Tables come from Windows too, and "Sad " is "sad".
     clips = table.assign(
         clip=[PureWindowsPath(text).as_posix() for text in table["path"]],
-        emotion=table["emotion"].str.split().str.join(" ").str.lower(),
-        actor=table["speaker"].str.split().str.join(" "),
+        emotion=table["emotion"].str.lower(),
+        actor=table["speaker"],
         split=table["split"].str.lower())
     clips["first"] = first_lines(clips["clip"])
     there = clips.columns[(clips != "").any()]
@@ -515,9 +519,12 @@ def read_table(path, needed, optional, advice):
         f"has no columns {' and '.join(needed)} in line 1": not set(needed) <= set(header),
         f"line 1: it names {twice} twice": twice,
         f"line {wide}: it has more columns than line 1 (quote what has commas)": wide})
-    refuse({f"{path} {problem}: {advice}": True for problem in problems})
+    for problem in problems:
+        raise UserError(f"{path} {problem}: {advice}")
     table = pd.DataFrame([dict(zip(header, row)) for row in rows.values()], list(rows), dtype=object)
     table = table.reindex(columns=columns).fillna("").astype(str).apply(lambda column: column.str.strip())
+    for name in set(columns) - {"path"}:  # line breaks within a cell would break the tables that are written
+        table[name] = table[name].str.split().str.join(" ")
     return table[(table != "").any(axis=1)]
 
 
@@ -576,7 +583,7 @@ def split_kind(clips, cfg):
     asked = "split" in cfg.given and (own or cfg.split == "speaker")
     refuse({f"{why}, so there are no folds: leave out --folds and --runs": cfg.folds != "0" or cfg.runs > 1,
             f"{why}: leave out --split {cfg.split}": asked})
-    # Nobody can be split by speaker whose name is not known.
+    # Without names there is no split by speaker.
     if not own:
         return "random"
     shared = clips.groupby("actor")["split"].nunique().max() > 1
@@ -772,8 +779,9 @@ def read_sentences(path, emotions=EMOTIONS):
     table = read_table(path, ["emotion", "sentence"], [], advice)
     words = table["sentence"].map(words_in).map(" ".join)
     table["first"] = first_lines(words)
+    known = ", ".join(emotions).replace("{", "{{").replace("}", "}}")
     refuse_lines(path, table, {
-        f"{{emotion!r}} is none of {', '.join(emotions)}": ~table["emotion"].isin([*emotions, *EMOTIONS]),
+        f"{{emotion!r}} is none of {known}": ~table["emotion"].isin([*emotions, *EMOTIONS]),
         "the sentence has no words": words == "<unk>",
         "the sentence of line {first} again": table["first"] < table.index,  # it could cross splits
     }, advice)
@@ -836,8 +844,7 @@ def transcribe(clips, cfg, device):
     todo = clips["path"][~keys.isin(list(cache))]
     for row in tqdm(todo.index, "Transcribing", disable=todo.empty):
         cache[keys[row]] = transcript_of(todo[row], cfg.whisper_model, device)
-        if row % 10 == 0 or row == todo.index[-1]:
-            save(path, cache)
+        save(path, cache)
     return clips.assign(transcript=keys.map(cache))
 
 
@@ -864,7 +871,7 @@ def transcript_of(source, name, device, way_out="leave out --no-use-simulated-se
     on_gpu = model.device.type == "cuda"
     options = whisper.DecodingOptions(language="en", without_timestamps=True, fp16=on_gpu)
     result = model.decode(mel, options)
-    # Whisper's own transcribe() applies the same limits; decode() does not.
+    # Words that Whisper makes out of silence or repeats without end are no transcript.
     silent = result.no_speech_prob > 0.6 and result.avg_logprob < -1.0
     return "" if silent or result.compression_ratio > 2.4 else result.text.strip()
 
@@ -894,7 +901,7 @@ def load_clip(source, cfg, rate=0):
     """The log-mel spectrogram of a recording without its silent ends, as a Clip. Raises AudioError.
 
     `source` is the path of a file, or an array of samples at `rate` Hz, of shape (n,), (n, channels) or
-    (channels, n). Nothing else in this file reads sound.
+    (channels, n).
     """
     samples, start, key = load_samples(source, cfg.sampling_rate, cfg.trim_db, rate)
     return Clip(log_mel(samples, cfg), start, key)
@@ -907,7 +914,7 @@ def load_samples(source, rate, trim_db=math.inf, own_rate=0):
     peak = np.abs(samples).max(initial=0)
     if peak < 1e-4:
         raise Silence("silent" if len(samples) else "no samples in it")
-    if not peak < 1e6:  # NaN neither
+    if not peak < 1e6:  # nor NaN
         raise AudioError("NaN, infinite or huge samples")
     loud = loud_part(samples, own_rate, trim_db)  # first, so that there is less to resample
     samples = samples[loud]
@@ -960,7 +967,7 @@ def decode_with_librosa(path):
 def downmix(recording, rate):
     """Samples (n,) of an array of one or more channels, float32, and their rate in Hz. Raises UserError."""
     # Integers are scaled by their type, whatever their peak is.
-    samples, rate = np.asarray(recording), rate or 0
+    samples, rate = np.asarray(recording), float(rate or 0)
     numbers = samples.ndim in (1, 2) and samples.dtype.kind in "iuf"
     refuse({"a recording is a path, or an array of numbers of shape (n,), (n, channels) or (channels, n) "
             "with its sampling_rate in Hz": not (numbers and 1 <= rate < math.inf)})
@@ -1028,8 +1035,9 @@ def windows_of(clips, cfg):
     second, rows = cfg.sampling_rate / cfg.hop_length, []
     for place, mel in enumerate(clips["mel"]):
         # Up to LONGEST the model itself chooses its window in the middle, as in training.
-        short = len(mel) <= LONGEST * second + 1
-        size = len(mel) if short else min(window_frames(cfg), len(mel))
+        size = len(mel)
+        if size > LONGEST * second + 1:
+            size = min(window_frames(cfg), size)
         voiced = level_of(mel) > level_of(mel).max() - cfg.trim_db
         for start in [*range(0, len(mel) - size, max(1, size // 2)), len(mel) - size]:
             part = slice(start, start + size)
@@ -1067,7 +1075,7 @@ def load_text_encoder(name):
             module, info = transformers.AutoModel.from_pretrained(name, output_loading_info=True)
         # Weights that are lacking would be random, and other special tokens would be hidden as words.
         special = [ids.token_to_id(token) for token in ("[PAD]", "[CLS]", "[SEP]", "[MASK]")]
-        lacking = [key for key in info["missing_keys"] if "pooler" not in key]  # they would be random
+        lacking = [key for key in info["missing_keys"] if "pooler" not in key]
         refuse({"it is not of BERT's family, it has other special tokens": None in special,
                 f"it lacks the weights of {min(lacking, default='')} and others": lacking})
     except Exception as error:  # the hub's clients raise many kinds
@@ -1317,7 +1325,7 @@ class AudioCNN(Encoder):
     """A 2-D CNN on log-mel windows, four bands of them kept apart, a GRU over time, attentive statistics."""
 
     inputs, suffix, views = ("mel",), "cnn", VIEWS
-    settings = ("sampling_rate", "trim_db", "clip_seconds", "n_mels", "n_fft", "hop_length", "mixup")
+    settings = ("n_mels", "n_fft", "mixup")
     step_width, width = 128, 256
 
     def __init__(self, classes, dropout):
@@ -1485,7 +1493,7 @@ class EarlyFusion(Encoder):
 
     `parts` maps short names to specs, one that hears and one that reads. Features of training clips are
     memorised, so the head is fitted on disturbed sound and words, and every other clip loses one of the two:
-    it must learn to use either, and answers batches that lack the keys of one.
+    it must learn to use either, and could answer batches that lack the keys of one.
     """
 
     settings, suffix, attends = ("word_dropout",), "fusion", False
@@ -1562,7 +1570,8 @@ class AttentionFusion(EarlyFusion):
 
 
 # %% 12. Training and inference
-TRAINING = "seed", "batch_size", "weight_decay", "dropout", "label_smoothing", "ema_decay"  # of all models
+WINDOWS = "sampling_rate", "trim_db", "clip_seconds", "hop_length"  # what windows of clips depend on
+TRAINING = "seed", "batch_size", "weight_decay", "dropout", "label_smoothing", "ema_decay", *WINDOWS
 
 
 def training_precision(device):
@@ -1578,10 +1587,10 @@ class Trainer:
 
     def __init__(self, model, cfg, steps, device):
         self.model, self.device, self.precision = model, device, training_precision(device)
-        # Weight decay is for matrices only.
+        # Weight decay is for matrices; biases and norms go without.
         trained = [p for p in model.parameters() if p.requires_grad]
         matrices = [p for p in trained if p.ndim > 1]
-        others = [p for p in trained if p.ndim < 2]  # biases and norms
+        others = [p for p in trained if p.ndim < 2]
         groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
 
         rate = getattr(cfg, f"learning_rate_{model.suffix}")
@@ -1626,7 +1635,7 @@ class Trainer:
             logits = self.model(batch)
             loss = self.loss(logits.float(), batch["label"])
 
-        # The scaler does nothing but in float16, where small gradients would vanish.
+        # The scaler does nothing except in float16, where small gradients would vanish.
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
@@ -1737,7 +1746,8 @@ def infer(model, windows, cfg, device):
     """What a model says to windows: log-probabilities (V, W, C), uncalibrated, one for each of its views."""
     # All views are stored, so that TEST_VIEWS is no setting of a training.
     dataset, log_probs = ClipDataset(windows, model, cfg, device), []
-    for dataset.view in model.views:
+    for view in model.views:
+        dataset.view = view
         log_probs.append(logits_of(model, dataset).log_softmax(dim=1))
     return torch.stack(log_probs)
 
@@ -1865,7 +1875,7 @@ def fingerprint_of(cfg, name, clips):
 
 def code_of(name):
     """A key of the code that the training of a system depends on: its class, the trainer, its features."""
-    roots = [SYSTEMS[name].kind.__name__, "train"]
+    roots = [SYSTEMS[name].kind.__name__, "train", "infer"]
     if inputs_of(name) & SOUND:
         roots.append("load_clip")
     return code_digest(*roots)
@@ -1959,13 +1969,14 @@ def caveats_of_models(checkpoints):
 
 def encoder_of(checkpoints):
     """The key of the text encoder that models were trained from; "" if none was."""
-    return "".join({checkpoint.fingerprint.get("encoder", "") for checkpoint in checkpoints.values()})
+    keys = (checkpoint.fingerprint.get("encoder", "") for checkpoint in checkpoints.values())
+    return next(filter(None, keys), "")
 
 
 # %% 15. Calibration and prediction: the one way from clips to probabilities
 def calibrate(checkpoints, cfg):
     """What validation decides, by system: the temperature of a model, the weights of a learned fusion."""
-    # All checkpoints of a run say something to the same windows in the same order.
+    # All checkpoints of a run hold log-probabilities of the same windows in the same order.
     first = next(iter(checkpoints.values()))
     windows = pd.DataFrame(first.windows).query("split == 'validation'")
     log_probs = {name: checkpoint.log_probs[:, windows.index.to_list()]
@@ -1993,11 +2004,11 @@ def predict(log_probs, windows, calibration, cfg):
     """
     answers = {}
     for name, system in SYSTEMS.items():
-        fused = system.kind is mean_of or (system.kind is weighted and name in calibration)
+        decided = name in calibration or system.kind not in (weighted, ensemble)
         if name in log_probs:
             logits = mean_of_views(log_probs[name], cfg) / calibration[name]
             answers[name] = pool_windows(logits.softmax(dim=1).numpy(), windows)
-        elif fused and set(system.parts) <= set(answers):
+        elif name not in TRAINED and decided and set(system.parts) <= set(answers):
             parts = np.stack([answers[part] for part in system.parts])  # (P, N, C)
             answers[name] = system.kind(parts, calibration.get(name))
     return answers
@@ -2050,7 +2061,7 @@ TRAITS = ["split", "clip", "actor", "emotion", "intensity", "statement", "sex", 
 
 
 def predictions_table(answers, clips, classes, **run):
-    """A row per system and clip: what was answered, beside what the clip is like; `run` are columns more."""
+    """A row per system and clip: what was answered, beside what the clip is like and columns of `run`."""
     traits = clips.filter(TRAITS).astype({"emotion": object}).reset_index(drop=True)
     tables = [pd.DataFrame()]
     for name, probabilities in answers.items():
@@ -2061,17 +2072,18 @@ def predictions_table(answers, clips, classes, **run):
 
 def with_ensembles(table, classes):
     """The predictions of all runs, and of an ensemble of the seeds of each fold, calibrated on validation."""
-    tables = [table]
-    for name in (name for name, system in SYSTEMS.items() if system.kind is ensemble):
+    tables, ensembles = [table], [name for name, system in SYSTEMS.items() if system.kind is ensemble]
+    for name in ensembles:
         for fold, seeds in table[table["system"].isin(SYSTEMS[name].parts)].groupby("fold"):
             clips = seeds.drop_duplicates("clip")
+            if len(seeds) == len(clips):
+                continue
             logs = np.log(seeds[classes].clip(1e-7)).groupby(seeds["clip"], sort=False).mean().to_numpy()
             held_out = (clips["split"] == "validation").to_numpy()
             labels = torch.from_numpy(labels_of(clips["emotion"], classes)[held_out])
             temperature = fit_temperature(torch.from_numpy(logs[held_out]), labels)
-            if len(seeds) > len(clips):
-                answers = {name: ensemble(logs, temperature)}
-                tables.append(predictions_table(answers, clips, classes, fold=fold, seed=seeds["seed"].min()))
+            answers = {name: ensemble(logs, temperature)}
+            tables.append(predictions_table(answers, clips, classes, fold=fold, seed=seeds["seed"].min()))
     return pd.concat(tables, ignore_index=True)
 
 
@@ -2170,11 +2182,12 @@ def score(table, classes):
     nll = np.log(probabilities.sum(axis=1)) - np.log(probabilities[np.arange(len(true)), true])
     counts, bins = confusion(table, classes), reliability(table, classes)
     right, present, named = counts.diagonal(), counts.sum(axis=1), counts.sum(axis=0)
+    occur = present + named > 0
     return {
         "clips": len(table),
         "accuracy": float(right.sum() / len(table)),
         "uar": uar_of(table),
-        "macro_f1": float((2 * right / np.maximum(1, present + named)).mean()),
+        "macro_f1": float((2 * right[occur] / (present + named)[occur]).mean()),
         "nll": float(nll.mean()),
         "ece": calibration_error(bins),
         "ece_if_perfect": calibration_error_if_perfect(bins),
@@ -2260,8 +2273,8 @@ def bootstrap(results):
 
 def summarize(results):
     """A row per system of the figures that a reader compares, UAR with its interval; index: system."""
-    figures = {split: figures_of(results).query("split == @split").droplevel("split") for split in SPLITS}
-    train, validation, test = figures.values()
+    figures = figures_of(results)
+    train, validation, test = (figures.query("split == @split").droplevel("split") for split in SPLITS)
     # The headline is the mean of the runs, the interval that of the pooled predictions.
     by_run = figures_of(results, "fold", "seed", split="test")["uar"]
     unseen = results.test[results.test["actor"].isin(results.config["unseen_actors"])]
@@ -2316,7 +2329,7 @@ def table_of(results):
     table = pd.DataFrame({"system": results.titles})
     for key in summary:
         heading, form = FORMATS[key]
-        table[heading] = summary[key].map(form.format)
+        table[heading] = summary[key].map(form.format, na_action="ignore")
     table["note"] = {name: f"not run: {why}" for name, why in results.config["not_run"].items()}
     return table.dropna(axis="columns", how="all").fillna("-")
 
@@ -2414,7 +2427,8 @@ def pick_device(cfg):
     device = cfg.device
     if device == "auto":
         device = next(name for name, there in usable.items() if there)
-    refuse({f"--device {device} is not available here: leave it out or use --device cpu": not usable[device]})
+    refuse({f"--device {device} is not available here: leave it out or use --device cpu":
+            not usable.get(device)})
     return device
 
 
@@ -2528,7 +2542,7 @@ def plot_comparison(results):
 
 
 def plot_reliability(results):
-    """How often each system is right on test clips, by its confidence; the calibrated lie on the diagonal."""
+    """How often each system is right on test clips, by its confidence; ideally on the diagonal."""
     lines = []
     for name, part in results.test.groupby("system", sort=False):
         bins = reliability(part, results.classes)
@@ -2568,7 +2582,7 @@ def uar_by(results, by):
 
 
 def draw_plots(results):
-    """Draw all plots of results into plots/, from where those of earlier results leave."""
+    """Draw all plots of results into plots/, after removing those of earlier results."""
     # A plot of earlier figures beside these would pass for one of theirs.
     for old in results.folder.glob("plots/*.png"):
         if old.stem not in ("class_counts", "samples"):  # which are of the data
@@ -2578,7 +2592,9 @@ def draw_plots(results):
     plot_confusions(results)
     if len(results.histories):
         plot_curves(results)
-    for by in ("emotion", "actor") if results.several else ():
+    if not results.several:
+        return
+    for by in ("emotion", "actor"):
         grid = uar_by(results, by)
         plot_grid(grid, grid.map("{:.0f}".format), f"Test UAR by {by} in %", results, f"by_{by}")
 
@@ -2650,7 +2666,7 @@ def differences_table(results):
 
 def report_sections(results):
     """What stands in the report: {heading: list of sentences, DataFrames, and Paths of pictures}."""
-    config, first = results.config, next(iter(results.titles))
+    config, first = results.config, results.test["system"].iloc[0]
     sections = {"Results": [table_of(results), *(f"Mind: {caveat}." for caveat in config["caveats"])],
                 "Data and split": config["audit"]}
     if config["encoder"]:
@@ -2666,7 +2682,8 @@ def report_sections(results):
             sections[f"Test UAR in % by {by} (clips)"] = [table.reset_index()]
     # In the order of PLOTS, then the confusion matrices; draw_plots has removed all others.
     order = {name: place for place, name in enumerate(PLOTS)}
-    plots = sorted(results.folder.glob("plots/*.png"), key=lambda path: (order.get(path.stem, 9), path.stem))
+    plots = sorted(results.folder.glob("plots/*.png"))
+    plots = sorted(plots, key=lambda path: order.get(path.stem, len(PLOTS)))
     return sections | {
         f"{results.titles[first]}: the most confident mistakes": [mistakes_of(results, first)],
         "Plots": plots,
@@ -2730,12 +2747,12 @@ def checkpoints_together(cfg):
             checkpoint = read_checkpoint(cfg, name)
             first = next(iter(found.values()), checkpoint)
             parts = {part: digest(found[part].fingerprint) for part in SYSTEMS[name].parts if part in found}
-            beside = {key: first.fingerprint[key] for key in ("seed", "clips")} | parts
+            beside = {key: first.fingerprint[key] for key in ("seed", "clips", *WINDOWS)} | parts
             change = differences(checkpoint.fingerprint, beside)
             refuse({f"{file_of(cfg, name)} was not trained with the models beside it ({change}): "
                     f"{TRAIN_AGAIN}": change})
             found[name] = checkpoint
-    several = runs and not (found and len(saved_in(cfg.output_dir, "calibration", "?")) == 1)
+    several = runs and (not found or len(saved_in(cfg.output_dir, "calibration", {})) > 1)
     refuse({f"{cfg.output_dir} holds several runs: name one of them, --output-dir {[*runs, ''][0]}": several,
             f"{cfg.output_dir} holds no trained model: {TRAIN_AGAIN}": not found})
     return found
@@ -2746,7 +2763,9 @@ def refuse_contradictions(cfg, saved, encoder, where):
 
     `saved` holds the settings of the folder, `encoder` the key of its text encoder's content.
     """
-    for key in (key for key in cfg.given if key not in FREE):
+    for key in cfg.given:
+        if key in FREE:
+            continue
         asked, found = getattr(cfg, key), saved[key]
         same = asked == found or Path(str(asked)).resolve() == Path(str(found)).resolve()  # ./a is a
         if key == "bert_model" and encoder and Path(asked).is_dir():
@@ -2843,10 +2862,12 @@ class Predictor:
 def recordings_in(cfg):
     """The files of --input, a recording or a folder of them. Raises UserError when there are none."""
     path = Path(cfg.input or "no recording")
-    files = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in RECORDINGS and file.is_file()]
-    files = [path] * path.is_file() or [file for file in files if not file.name.startswith(".")]
-    for reason, holds in {"does not exist": not path.exists(), "holds no recordings": not files}.items():
-        refuse({f"--input {cfg.input!r} {reason}: name a recording or a folder of them": holds})
+    files = [path]
+    if not path.is_file():
+        files = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in RECORDINGS
+                 and file.is_file() and not file.name.startswith(".")]
+    reason = "holds no recordings" if path.exists() else "does not exist"
+    refuse({f"--input {cfg.input!r} {reason}: name a recording or a folder of them": not files})
     return files
 
 
@@ -2934,7 +2955,7 @@ def print_answer(lines, classes):
     for line in others:
         note = f" ({line['note']})" * bool(line["note"])
         print(f"  {line['model']}{note}: {line['predicted']} {line[line['predicted']]:.1%}")
-    print(f"  Words: {first['text_source']}, {first['text']!r}")
+    print(f"  Words: {first['text_source']}" + f": {first['text']!r}" * (first["text"] is not None))
     if first["over_time"]:
         print(f"  Over time: {first['over_time']} and .png beside it")
 
@@ -2957,7 +2978,7 @@ def synthesize(emotion, actor, rng, rate):
     pitch, tempo, *strengths = DEMO_VOICES[emotion]
     t = np.arange(int(rate * 5 / tempo)) / rate
     bend = 1 + 0.05 * np.sin(2 * np.pi * tempo / 3 * t + rng.uniform(0, 6))
-    # Women speak higher than men, and no two clips are the same.
+    # Women speak higher than men, and every actor at a pitch of their own.
     base = (200, 115)[actor % 2] * 2 ** ((pitch + actor % 5 / 2 + rng.normal(0, 0.5)) / 12)
     phase = 2 * np.pi * np.cumsum(base * bend) / rate
     harmonics = sum(strength * np.sin(number * phase) for number, strength in zip((1, 3, 7), strengths))
@@ -3044,8 +3065,9 @@ def counted(counts):
 def missing_clips(clips):
     """What is missing of RAVDESS's 24 x 60 clips, as a sentence."""
     codes = itertools.product(range(1, 9), (1, 2), (1, 2), (1, 2), range(1, 25))
+    # Neutral is never strong.
     expected = {"03-01-{:02}-{:02}-{:02}-{:02}-{:02}".format(*code) for code in codes if code[:2] != (1, 2)}
-    missing = sorted(expected.difference(clips["clip"]))  # neutral is never strong
+    missing = sorted(expected.difference(clips["clip"]))
     first = f", the first {missing[0]}" if missing else ""
     return f"Missing from the 24 x 60 clips of RAVDESS: {len(missing)}{first}."
 
@@ -3058,26 +3080,21 @@ def title_of_split(corpus, run):
 
 def describe_split(clips, corpus, run):
     """The clips and actors of each split, and how many actors stand in several, as one sentence."""
-    texts = []
-    for split in SPLITS:
-        part = clips[clips["split"] == split]
-        texts.append(f"{split} {len(part)} clips")
-        if part["actor"].ne("").all():
-            texts[-1] += f" of actors {' '.join(map(str, sorted(part['actor'].unique())))}"
+    texts, unnamed = [], (clips["actor"] == "").all()
+    for split, part in clips.groupby(pd.Categorical(clips["split"], SPLITS), observed=True):
+        actors = " ".join(map(str, sorted(part["actor"].unique())))
+        texts.append(f"{split} {len(part)} clips" + f" of actors {actors}" * (not unnamed))
         if run.sentence_noise and "sentence_emotion" in part:
             share = (part["emotion"] != part["sentence_emotion"]).mean()
             texts[-1] += (f", {share:.1%} with a sentence of another emotion "
                           f"({run.sentence_noise:.1%} dealt anew)")
 
-    unnamed = (clips["actor"] == "").all()
     shared = (clips.groupby("actor")["split"].nunique() > 1).sum()
     left = len(corpus.clips) - len(clips)
-    more = {
+    texts += holding({
         "no speakers are named, so that splits may share voices, which flatters": unnamed,
         f"{shared} actors stand in several splits": shared and not unnamed,
-        f"{left} clips are left out, since their bytes occur in an earlier split": left,
-    }
-    texts += holding(more)
+        f"{left} clips are left out, since their bytes occur in an earlier split": left})
     return f"{title_of_split(corpus, run)}: {'; '.join(texts)}."
 
 
@@ -3140,7 +3157,9 @@ def train_run(run, names, clips, corpus, device):
           f"{run.output_dir}" + ", edits of the code are not noticed in a notebook" * (not definitions()))
     for name in names:
         parts = [f"{SYSTEMS[part].title} will be" for part in SYSTEMS[name].parts if reasons.get(part)]
-        reasons[name] = ", ".join(parts * file_of(run, name).exists()) or stale_because(run, name, clips)
+        reasons[name] = stale_because(run, name, clips)
+        if parts and file_of(run, name).exists():
+            reasons[name] = ", ".join(parts)
         checkpoint, state = file_of(run, name), file_of(run, name, "_training.pth")
         if not reasons[name] and state.exists() and state.stat().st_mtime <= checkpoint.stat().st_mtime:
             state.unlink()  # the training was killed in its last moment
@@ -3166,7 +3185,7 @@ def not_run(answered, cfg, corpus):
     return reasons
 
 
-def write_results(cfg, corpus, table, histories, caveats, calibration, encoder, audit):
+def write_results(cfg, corpus, table, histories, caveats, calibration, encoder, audit, command):
     """Write the results of a run or of an evaluation, then show them."""
     words = corpus.words == "simulated"
     missing = not_run(set(table["system"]), cfg, corpus)
@@ -3174,7 +3193,7 @@ def write_results(cfg, corpus, table, histories, caveats, calibration, encoder, 
               for name, system in SYSTEMS.items() if name in {*table["system"], *missing}}
     save_results(cfg.output_dir, {
         "corpus": corpus.name,
-        "command": command_of(cfg),
+        "command": command,
         "settings": cfg._asdict(),
         "versions": versions(),
         "caveats": list(dict.fromkeys(caveats)),
@@ -3223,7 +3242,7 @@ def train_phase(cfg):
     if not has_docx():
         print(f"The .docx will be left out: {DOCX_ADVICE}")
     trained = {run: train_run(run, names, clips, corpus, device) for run, clips in clips_of.items()}
-    write_results(cfg, corpus, *results_of(trained, clips_of), audit=audit)
+    write_results(cfg, corpus, *results_of(trained, clips_of), audit, command_of(cfg))
 
 
 def results_of(trained, clips_of):
@@ -3237,7 +3256,8 @@ def results_of(trained, clips_of):
         caveats += caveats_of_models(checkpoints)
         calibration[str(key)] = calibrate(checkpoints, run)
         log_probs = {name: checkpoint.log_probs for name, checkpoint in checkpoints.items()}
-        answers = predict(log_probs, windows_of(clips, run), calibration[str(key)], run)
+        windows = pd.DataFrame(next(iter(checkpoints.values())).windows)
+        answers = predict(log_probs, windows, calibration[str(key)], run)
         tables.append(predictions_table(answers, clips, classes_of(clips), **key))
         for name, checkpoint in checkpoints.items():
             histories.append(pd.DataFrame(checkpoint.history).assign(system=name, **key))
@@ -3276,7 +3296,8 @@ def evaluate_phase(cfg):
     caveats = [f"models of {cfg.output_dir} on another corpus", *known_clips(corpus.clips, predictor)]
     caveats += [f"in training: {caveat}" for caveat in predictor.caveats]
     histories, calibration = pd.DataFrame(columns=["system"]), {"training": predictor.calibration}
-    write_results(work, corpus, elsewhere(predictor, corpus), histories, caveats, calibration, encoder, audit)
+    write_results(work, corpus, elsewhere(predictor, corpus), histories, caveats, calibration, encoder, audit,
+                  command_of(cfg))
 
 
 def evaluation_folder(cfg):
@@ -3339,8 +3360,9 @@ def locked(cfg):
 def main(argv=None):
     """Do what the settings ask for; `argv` as on the command line. Raises UserError."""
     cfg = parse_settings(argv)
+    definitions()  # now: what is edited during a run is not what it runs
     plt.rcParams["text.parse_math"] = False  # a dollar in a name is a dollar
-    # Surroundings that would end in a traceback: a pipe that is closed, a console with few letters.
+    # Surroundings that would end in a traceback: a stderr that is closed, a console with few letters.
     sys.stderr = sys.stderr or io.StringIO()  # closed; tqdm would stumble
     if not in_kernel():
         plt.switch_backend("agg")

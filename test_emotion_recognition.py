@@ -1826,6 +1826,7 @@ SCIENCE = {  # what is edited: (definition, text, replacement, who is trained an
     "AudioCNN": ("AudioCNN", "nn.Tanh()", "nn.ReLU()", ["cnn"], TEXT),
     "its blocks": ("ResidualBlock", "F.relu(y", "F.gelu(y", ["cnn"], TEXT),
     "its views": ("VIEWS", "0.94", "0.93", ["cnn"], []),
+    "what is stored of it": ("infer", ".log_softmax(dim=1)", ".softmax(dim=1)", ["cnn", *TEXT], []),
     "its augmentation": ("recolour", "0.75", "0.5", ["cnn"], []),
     "the floor of log-mels": ("log_mel", "1e-6", "1e-5", HEARING, TEXT),
     "the silence that is cut": ("loud_part", "// 20", "// 10", HEARING, TEXT),
@@ -1840,7 +1841,7 @@ SCIENCE = {  # what is edited: (definition, text, replacement, who is trained an
 }
 OTHERS = {  # definition: (text, replacement), without a new line
     "AudioCNN": ('"""A 2-D CNN', '"""A CNN'),
-    "Trainer": ("# biases and norms", "# all others"),
+    "Trainer": ("# Weight decay is for matrices", "# Decay is for matrices"),
     "fit": ("accuracy = np.mean", "accuracy  =  np.mean"),
     "plot_comparison": ("lightsteelblue", "gray"),
     "write_report": ("Cm(17)", "Cm(16)"),
@@ -2626,15 +2627,30 @@ def test_new_epochs_retrain_the_model_and_what_hangs_on_it(paired, trained, unpu
 
 def test_changed_sound_features_train_anew_who_hears_and_nobody_else(
         paired, trained, unpublished, undrawn, capsys):
-    er.main([*paired, "--phase", "unimodal", "--trim-db", "20"])
+    er.main([*paired, "--phase", "unimodal", "--n-mels", "32"])
     assert trained == ["cnn"]
     plan = plan_of(capsys.readouterr().out)
-    assert plan["AudioCNN"] == "is trained (trim_db 30.0 -> 20.0)"
+    assert plan["AudioCNN"] == "is trained (n_mels 64 -> 32)"
 
     # Early fusions hang on the old AudioCNN: they answer no more, and that is said.
     answering = set(predictions()["system"])
     assert answering == {"cnn", "rnn", "late_rnn", "learned_rnn"}
     assert {"fusion_rnn", "attention_rnn"} <= set(config_of()["not_run"])
+
+
+def test_other_windows_of_long_clips_train_every_model_anew(trained, unpublished):
+    flags = own_corpus(["happy", "sad"], transcript=lambda emotion, *_: f"It is {emotion}.")
+    for path in Path("own/sound").glob("*.wav"):
+        samples, rate = soundfile.read(path)
+        written(path, np.tile(samples, 8), rate)
+    command = [*flags, "--run-models", "cnn,rnn"]
+    er.main(command)
+    er.main([*command, "--clip-seconds", "1.5"])
+    assert trained == ["cnn", "rnn", "cnn", "rnn"]
+
+    # Models that answer different windows are no models of one folder.
+    er.main([*command, "--run-models", "cnn"])
+    assert set(er.checkpoints_together(config())) == {"cnn"}
 
 
 def test_other_test_views_train_nothing_and_change_who_hears_alone(
@@ -3009,6 +3025,12 @@ def test_every_fold_and_seed_has_its_own_folder(crossed):
     assert not list(crossed.glob("*.pth"))
 
 
+def test_no_figure_of_a_table_is_nan(crossed):
+    table = er.table_of(er.read_results(crossed))
+    assert "AudioCNN, ensemble" in set(table["system"])
+    assert "nan" not in table.to_string()
+
+
 def test_cross_validation_pools_all_runs(crossed):
     table = predictions(crossed)
     assert set(table["system"]) == COMPARED
@@ -3279,6 +3301,12 @@ def counted_case():
     table["predicted"] = [er.EMOTIONS[index] for index in found]
     table["emotion"] = [er.EMOTIONS[index] for index in true]
     return table
+
+
+def test_scores_are_of_the_emotions_that_occur():
+    table = counted_case().query("emotion == predicted and emotion == 'sad'")
+    figures = er.score(table, er.EMOTIONS)
+    assert figures["uar"] == figures["macro_f1"] == figures["accuracy"] == 1
 
 
 def test_a_confusion_matrix_has_a_row_per_true_emotion():
@@ -3803,7 +3831,7 @@ def test_prediction_needs_nothing_but_checkpoints(copied):
     for title in TITLES.values():
         assert title in done.stdout or title == "AudioCNN"
     assert done.stdout.count(ORACLE) == len(SHOWN) - 1
-    assert "Words: --text, 'What a day.'" in done.stdout
+    assert "Words: --text: 'What a day.'" in done.stdout
     assert "Warning" not in done.stderr
 
 
@@ -3884,7 +3912,7 @@ def test_models_that_read_alone_answer_with_words_and_ask_for_them(copied, capsy
     capsys.readouterr()
     er.main([*PREDICTING, "a.wav", "--text", "What a day."])
     output = capsys.readouterr()
-    assert "Words: --text, 'What a day.'" in output.out
+    assert "Words: --text: 'What a day.'" in output.out
     assert "say with --text" not in output.err
 
 
@@ -3975,7 +4003,7 @@ def test_names_and_words_that_are_no_text_are_answered(copied, capsys):
     broken, words = os.fsdecode(b"a\xff.wav"), os.fsdecode(b"\xff hi")
     touch("own", broken)
     er.main([*PREDICTING, "own", "--text", words])
-    assert "Words: --text, '? hi'" in capsys.readouterr().out
+    assert "Words: --text: '? hi'" in capsys.readouterr().out
 
     table = read_answers()
     failed = table.query("error != ''")
@@ -4472,6 +4500,14 @@ def evaluated(scored, monkeypatch):
     """The Results of the demo's models on another corpus; they lie in the current folder, to be read only."""
     monkeypatch.chdir(scored)
     return er.read_results(FOREIGN)
+
+
+def test_the_command_of_an_evaluation_repeats_it(evaluated):
+    _, _, *flags = shlex.split(evaluated.config["command"])
+    again = er.parse_settings(flags)
+    assert again.phase == "evaluate"
+    assert Path(again.output_dir) == OUTPUT
+    assert again.manifest == evaluated.config["settings"]["manifest"]
 
 
 def test_an_evaluation_changes_nothing_but_its_own_folder(scored, finished, monkeypatch):
@@ -5993,7 +6029,7 @@ def test_anything_in_a_manifest_is_right_rows_or_a_sentence(content):
         assert clip["actor"] == " ".join(speaker.split())
         assert clip["emotion"] == " ".join(emotion.lower().split())
         assert clip.get("split", "") == split.lower()
-        assert clip.get("transcript", "") == transcript
+        assert clip.get("transcript", "") == " ".join(transcript.split())
 
 
 @pytest.fixture(scope="session")
