@@ -2958,9 +2958,11 @@ def test_demo_leaves_a_real_run_alone(worded, unpublished, undrawn):
     assert contents("outputs") == before
 
 
-def test_the_command_line_runs_the_demo_on_24_actors():
-    done = run_script(*DEMO, "--run-models", "rnn")
+def test_the_command_line_runs_the_demo_and_its_voices_are_learned_in_eight_epochs():
+    done = run_script("--demo", "--device", "cpu", "--run-models", "cnn")
     assert done.returncode == 0, done.stderr
+    assert config_of()["settings"]["epochs_cnn"] == 8
+    assert figures()["cnn"]["uar"] > 0.5  # chance is 0.125
     assert "384 clips" in read_json(OUTPUT / "audit.json")["audit"][0]
     assert DOCUMENT.exists()
     # Who is validation in no fold, by the folds of the literature.
