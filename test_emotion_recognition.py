@@ -6116,7 +6116,7 @@ def recordings(count=64):
 
 
 @pytest.mark.benchmark
-def test_features_take_a_fifth_of_the_time_of_librosa(all_cores):
+def test_features_and_digests_take_a_quarter_of_the_time_of_librosa(all_cores):
     import librosa
     cfg, paths = config(), recordings()
 
@@ -6131,7 +6131,7 @@ def test_features_take_a_fifth_of_the_time_of_librosa(all_cores):
     ours, theirs = seconds_of(with_product, with_librosa)
     print(f"\nfeatures: {1000 * ours / len(paths):.2f} ms a clip, librosa's loop "
           f"{1000 * theirs / len(paths):.2f} ms: {theirs / ours:.1f} times as fast")
-    assert ours <= theirs / 5
+    assert ours <= theirs / 4
 
 
 class OneByOne(torch.utils.data.Dataset):
