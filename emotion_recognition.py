@@ -502,30 +502,38 @@ def numbers_if_plain(actors):
 
 def read_table(path, needed, optional, advice):
     """The columns of a CSV as stripped texts, indexed by line number. A UserError names a bad line."""
-    try:
-        text = Path(path).read_bytes().decode("utf-8-sig")
-        reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-        header = next(reader, [])
-        rows = {reader.line_num: row for row in reader}  # noqa: B035, it counts
-    except (OSError, ValueError, csv.Error) as error:
-        raise UserError(f"{path} is not readable as CSV ({error}): {advice}") from error
-
+    header, rows, columns = *parse_csv(path, advice), [*needed, *optional]
     # What csv lets pass, but would be read as something else than was meant.
-    columns = [*needed, *optional]
     twice = " and ".join(name for name in columns if header.count(name) > 1)
     wide = next((number for number, row in rows.items() if len(row) > len(header)), 0)
     problems = holding({
-        "is not readable as CSV: it has a zero byte": "\0" in text,
         f"has no columns {' and '.join(needed)} in line 1": not set(needed) <= set(header),
         f"line 1: it names {twice} twice": twice,
         f"line {wide}: it has more columns than line 1 (quote what has commas)": wide})
     for problem in problems:
         raise UserError(f"{path} {problem}: {advice}")
+
     table = pd.DataFrame([dict(zip(header, row)) for row in rows.values()], list(rows), dtype=object)
-    table = table.reindex(columns=columns).fillna("").astype(str).apply(lambda column: column.str.strip())
-    for name in set(columns) - {"path"}:  # line breaks within a cell would break the tables that are written
-        table[name] = table[name].str.split().str.join(" ")
+    table = table.reindex(columns=columns).fillna("").astype(str)
+    for name in columns:
+        # Line breaks within a cell would break the tables that are written.
+        plain = table[name].str.split().str.join(" ")
+        table[name] = table[name].str.strip() if name == "path" else plain
     return table[(table != "").any(axis=1)]
+
+
+def parse_csv(path, advice):
+    """The column names of a CSV, and its rows {line number: texts}. Raises UserError."""
+    try:
+        text = Path(path).read_bytes().decode("utf-8-sig")
+        reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+        header = next(reader, [])
+        rows = {reader.line_num: row for row in reader}  # noqa: B035, it counts
+        if "\0" in text:
+            raise ValueError("it has a zero byte")
+    except (OSError, ValueError, csv.Error) as error:
+        raise UserError(f"{path} is not readable as CSV ({error}): {advice}") from error
+    return header, rows
 
 
 def refuse_lines(path, table, problems, advice):
