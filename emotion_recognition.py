@@ -2478,10 +2478,10 @@ def fetch_archive(folder):
     import pooch
     import requests
     pooch.get_logger().setLevel("WARNING")
-    agent = {"User-Agent": "emotion_recognition.py"}  # Zenodo refuses the name that requests gives itself
+    headers = {"User-Agent": "emotion_recognition.py"}  # Zenodo refuses the name that requests gives itself
     try:
         pooch.retrieve(ARCHIVE["url"], f"md5:{ARCHIVE['md5']}", "archive.zip", folder,
-                       downloader=pooch.HTTPDownloader(progressbar=True, headers=agent),
+                       downloader=pooch.HTTPDownloader(progressbar=True, headers=headers),
                        processor=pooch.Unzip(extract_dir="clips"))
     except (requests.RequestException, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{ARCHIVE['url']} cannot be fetched, or arrived damaged ({error}): try again later, "
@@ -2574,7 +2574,7 @@ def plot_confusions(results):
         counts = pd.DataFrame(confusion(part, results.classes), results.classes, results.classes)
         percent = 100 * counts.div(counts.sum(axis=1).clip(lower=1), axis=0)
         texts = percent.map("{:.0f}\n".format) + counts.map("({})".format)
-        title = f"{results.titles[name]}: % of the true emotion (clips), UAR {uar_of(part):.1%}"
+        title = f"{results.titles[name]}: true (rows), predicted (columns), % (clips), UAR {uar_of(part):.1%}"
         plot_grid(percent, texts, title, results, f"confusion_{SYSTEMS[name].file}")
 
 
