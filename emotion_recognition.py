@@ -35,7 +35,7 @@ Trains five models and compares nine systems that tell emotions apart, on speake
     python emotion_recognition.py --help                         every setting is a constant and a flag
 
 AudioCNN reaches 67.1 % UAR on unseen actors (chance 12.5; five folds, three seeds, 95 % interval 62.0 to
-72.5). One fold of everything takes 6 minutes on two AVX-512 cores. Simulated sentences are drawn by label:
+72.5). One fold of everything takes 8 minutes on two AVX-512 cores. Simulated sentences are drawn by label:
 they show what the code does, not what words tell about feelings.
 
 The file reads in the order in which the data flows. What decides a figure stands in sections 4 to 16; the
@@ -1050,7 +1050,8 @@ def windows_of(clips, cfg):
         size = len(mel)
         if size > LONGEST * second + 1:
             size = min(window_frames(cfg), size)
-        voiced = level_of(mel) > level_of(mel).max() - cfg.trim_db
+        level = level_of(mel)
+        voiced = level > level.max() - cfg.trim_db
         for start in [*range(0, len(mel) - size, max(1, size // 2)), len(mel) - size]:
             part = slice(start, start + size)
             rows.append((place, start / second, part.stop / second, float(voiced[part].mean()), mel[part]))
@@ -1873,12 +1874,12 @@ def fingerprint_of(cfg, name, clips):
     Settings stand as they are; clips, transcripts, code and parts as keys of their content.
     """
     system = SYSTEMS[name]
-    # A part stands for all that it depends on itself.
     settings = {key: getattr(cfg, key) for key in TRAINING} | system.kind.depends_on(cfg)
     fingerprint = {key: str(value) for key, value in settings.items()}
     fingerprint["clips"] = digest(clips[["clip", "digest", "emotion", "split"]].to_csv(index=False))
     if reads_words(name):
         fingerprint["transcripts"] = digest(list(clips["transcript"]))
+    # A part stands for all that it depends on itself.
     for part in system.parts:
         fingerprint[part] = digest(read_checkpoint(cfg, part).fingerprint)
 
@@ -2075,7 +2076,7 @@ TRAITS = ["split", "clip", "actor", "emotion", "intensity", "statement", "sex", 
 def predictions_table(answers, clips, classes, **run):
     """A row per system and clip: what was answered, beside what the clip is like and columns of `run`."""
     traits = clips.filter(TRAITS).astype({"emotion": object}).reset_index(drop=True)
-    tables = [pd.DataFrame()]
+    tables = []
     for name, probabilities in answers.items():
         columns = pd.DataFrame(probabilities, columns=classes)
         tables.append(traits.assign(system=name, **run, predicted=columns.idxmax(axis=1)).join(columns))
@@ -2100,7 +2101,8 @@ def with_ensembles(table, classes):
 
 
 # %% 16. Figures: all of them are groups of the one long table of predictions
-class Results(namedtuple("Results", "folder config predictions histories")):
+@dataclass(frozen=True, eq=False)  # so that figures can be kept for it
+class Results:
     """All that tables, plots and report are made of: what a run writes, and --phase report reads back.
 
     `predictions` has a row per system, fold, seed and clip: split, clip, actor, emotion, predicted, a
@@ -2108,6 +2110,11 @@ class Results(namedtuple("Results", "folder config predictions histories")):
     has a row per system, fold, seed and epoch. `config` holds command, settings, versions, caveats, audit,
     classes, titles of the systems, temperatures and fusion weights by run, and why systems did not run.
     """
+
+    folder: Path
+    config: dict
+    predictions: pd.DataFrame
+    histories: pd.DataFrame
 
     @property
     def classes(self):
@@ -2164,6 +2171,7 @@ def read_results(folder):
 GROUPS = (), ("fold", "seed"), ("actor",), ("sex",), ("intensity",), ("emotion",)
 
 
+@functools.lru_cache(maxsize=16)
 def figures_of(results, *by, split=""):
     """The figures of every system and split, or of the groups that the columns `by` make: a row each.
 
@@ -2189,8 +2197,8 @@ def all_figures(results):
 def score(table, classes):
     """Clips, accuracy, UAR, macro-F1, NLL and ECE of rows of predictions, as a dict of builtins."""
     probabilities = table[classes].to_numpy().clip(1e-7, 1)
-    # Six decimals in a CSV do not add up to one.
     true = labels_of(table["emotion"], classes)
+    # Six decimals in a CSV do not add up to one.
     nll = np.log(probabilities.sum(axis=1)) - np.log(probabilities[np.arange(len(true)), true])
     counts, bins = confusion(table, classes), reliability(table, classes)
     right, present, named = counts.diagonal(), counts.sum(axis=1), counts.sum(axis=0)
@@ -2268,6 +2276,7 @@ def weighted_uar(weights, table, classes):
         return np.nanmean((weights @ right) / (weights @ true), axis=1)
 
 
+@functools.lru_cache(maxsize=16)
 def bootstrap(results):
     """The test UAR of every system (columns) in 2000 bootstrap draws (rows).
 
@@ -2283,6 +2292,7 @@ def bootstrap(results):
     return pd.DataFrame(uars)
 
 
+@functools.lru_cache(maxsize=16)
 def summarize(results):
     """A row per system of the figures that a reader compares, UAR with its interval; index: system."""
     figures = figures_of(results)
@@ -2614,8 +2624,6 @@ def draw_plots(results):
 # %% 19. Report
 REPORT = "emotion_recognition_report.docx"
 DOCX_ADVICE = "pip install python-docx, then --phase report makes it"
-
-
 PLOTS = "class_counts samples training_curves comparison reliability by_emotion by_actor".split()
 
 
@@ -2873,10 +2881,11 @@ class Predictor:
 
 def recordings_in(cfg):
     """The files of --input, a recording or a folder of them. Raises UserError when there are none."""
-    path = Path(cfg.input or "no recording")
+    path = Path(cfg.input)
     files = [path]
     if not path.is_file():
-        files = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in RECORDINGS
+        found = sorted(path.rglob("*")) if cfg.input else []
+        files = [file for file in found if file.suffix.lower() in RECORDINGS
                  and file.is_file() and not file.name.startswith(".")]
     reason = "holds no recordings" if path.exists() else "does not exist"
     refuse({f"--input {cfg.input!r} {reason}: name a recording or a folder of them": not files})
