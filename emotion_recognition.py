@@ -72,6 +72,9 @@ from collections import namedtuple
 from dataclasses import dataclass, replace
 from pathlib import Path, PureWindowsPath
 
+# Threads that wait by spinning make training many times slower beside other work. Libraries read this when
+# they are loaded; what the user has set stays.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import filelock
 import numpy as np
 import pandas as pd
@@ -1719,25 +1722,37 @@ def fit(model, training, validation, cfg, device, path, fingerprint):
         print(f"  goes on after epoch {len(history)} of {epochs}")
 
     print("  epoch  train loss  train acc   val loss    val acc    val UAR  seconds  min left")
-    for epoch in range(len(history) + 1, epochs + 1):
-        start = time.perf_counter()
-        model.train()
-        loss, accuracy = np.mean([trainer.step(batch) for batch in loader], axis=0).tolist()
-        if not math.isfinite(loss):
-            raise UserError(f"the training loss is {loss} in epoch {epoch}: lower "
-                            f"--learning-rate-{model.suffix}")
-
-        # One pass over validation an epoch, no more: every pass draws from the generator.
-        scores = validation_scores(logits_of(trainer.average, validation), validation.labels)
-        seconds = time.perf_counter() - start
-        history.append({"epoch": epoch, "train_loss": loss, "train_accuracy": accuracy, **scores,
-                        "seconds": seconds})
-        line = "  {:5d} {:11.3f} {:10.1%} {:10.3f} {:10.1%} {:10.1%} {:8.1f} {:9.1f}"
-        print(line.format(*history[-1].values(), (epochs - epoch) * seconds / 60), flush=True)
-        with replacing(path) as temporary:
-            state = {"fingerprint": fingerprint, "history": history, "trainer": trainer.state()}
-            torch.save(state, temporary)
+    try:
+        while len(history) < epochs:
+            epoch = fit_epoch(trainer, loader, validation, len(history) + 1)
+            # Written first: what is said to be finished is on disk.
+            with replacing(path) as temporary:
+                state = {"fingerprint": fingerprint, "history": [*history, epoch], "trainer": trainer.state()}
+                torch.save(state, temporary)
+            history.append(epoch)
+            line = "  {:5d} {:11.3f} {:10.1%} {:10.3f} {:10.1%} {:10.1%} {:8.1f} {:9.1f}"
+            minutes = (epochs - len(history)) * epoch["seconds"] / 60
+            print(line.format(*epoch.values(), minutes), flush=True)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"stopped after epoch {len(history)} of {epochs}; the same command goes on "
+                                "from there") from None
     return trainer.average, history
+
+
+def fit_epoch(trainer, loader, validation, number):
+    """Train for one epoch; its row of the history, a dict. Raises UserError when the loss is not finite."""
+    start = time.perf_counter()
+    trainer.model.train()
+    batches = tqdm(loader, f"  epoch {number}", delay=10, leave=False)  # shown when it takes more than 10 s
+    loss, accuracy = np.mean([trainer.step(batch) for batch in batches], axis=0).tolist()
+    if not math.isfinite(loss):
+        raise UserError(f"the training loss is {loss} in epoch {number}: lower "
+                        f"--learning-rate-{trainer.model.suffix}")
+
+    # One pass over validation an epoch, no more: every pass draws from the generator.
+    scores = validation_scores(logits_of(trainer.average, validation), validation.labels)
+    seconds = time.perf_counter() - start
+    return {"epoch": number, "train_loss": loss, "train_accuracy": accuracy, **scores, "seconds": seconds}
 
 
 def validation_scores(logits, labels):
@@ -3403,7 +3418,7 @@ if __name__ == "__main__":
     try:
         main()
     except (UserError, OSError, KeyboardInterrupt) as stop:
-        sentence = str(stop) or "stopped; what is finished is kept"
+        sentence = str(stop) or "stopped; the same command goes on from what is finished"
         if in_kernel():
             raise UserError(sentence) from None
         print(f"error: {sentence}", file=sys.stderr)
