@@ -26,13 +26,17 @@ Trains five models and compares nine systems that tell emotions apart, on speake
      |                                                            |     one new classification head
      '--> transcript (simulated | Whisper) --> TextRNN, TextBERT -'---> late fusion: mean or learned weights
 
-    python emotion_recognition.py                                everything, on the corpus in archive/
-    python emotion_recognition.py --demo                         everything, on a small synthetic corpus
-    python emotion_recognition.py --folds 0,1,2,3,4              the cross-validation, every actor tested once
-    python emotion_recognition.py --manifest corpus.csv          another corpus, listed in a table
-    python emotion_recognition.py --phase fusion --epochs-cnn 5  a part of it, with other settings
-    python emotion_recognition.py --phase predict --input a.wav  what the trained models say of a recording
-    python emotion_recognition.py --help                         every setting is a constant and a flag
+    python emotion_recognition.py                                  everything, on the corpus in archive/
+    python emotion_recognition.py --demo                           everything, on a small synthetic corpus
+    python emotion_recognition.py --folds 0,1,2,3,4                cross-validation, every actor tested once
+    python emotion_recognition.py --manifest corpus.csv            another corpus, listed in a table
+    python emotion_recognition.py --phase data                     what there is, and how it is split
+    python emotion_recognition.py --phase unimodal                 sound alone and words alone, no fusion
+    python emotion_recognition.py --phase fusion --epochs-cnn 5    fusions and their parts, another setting
+    python emotion_recognition.py --phase report                   tables, plots and report once more
+    python emotion_recognition.py --phase predict --input me.wav   what the trained models say of a recording
+    python emotion_recognition.py --phase evaluate --manifest other.csv   their figures on another corpus
+    python emotion_recognition.py --help                           every setting is a constant and a flag
 
 AudioCNN reaches 67.1 % UAR on unseen actors (chance 12.5; five folds, three seeds, 95 % interval 62.0 to
 72.5). One fold of everything takes 8 minutes on two AVX-512 cores. Simulated sentences are drawn by label:
@@ -49,6 +53,7 @@ import ast
 import contextlib
 import copy
 import csv
+import difflib
 import functools
 import hashlib
 import importlib.util
@@ -84,8 +89,6 @@ import torch
 import torch.nn.functional as F
 from scipy.optimize import minimize
 from scipy.special import log_softmax, softmax
-from sklearn import metrics
-from sklearn.model_selection import train_test_split
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
 from tqdm.auto import tqdm
@@ -116,6 +119,7 @@ DEVICE = "auto"                  # where to compute; auto takes the fastest that
 SEED = 42                        # seed of initialisation, order, augmentation and sentences
 RUNS = 1                         # trainings of every fold, with SEED, SEED + 1, ...
 # Splits
+LEAVE_OUT = ""                   # emotions to do without, comma-separated: calm,disgust
 SPLIT = "speaker"                # speaker: no actor in two splits; random: by clip (optimistic)
 FOLDS = "0"                      # which fifth of the actors is tested; 0,1,2,3,4: cross-validation
 TEST_VIEWS = 5                   # slightly different readings of a clip that AudioCNN averages; 1: one
@@ -235,13 +239,22 @@ def read_number(key, text):
 
 
 def make_parser():
-    """The command line: a flag per constant, its help from the constant's comment."""
+    """The command line: a flag per constant; the comments of the constants are its groups and help texts."""
+    flags = [flag_of(name, True) for name in SETTINGS]
+
     def stop(message):
         """In place of a SystemExit, so that a notebook cell survives a mistyped flag."""
-        raise UserError(f"{message} (--help lists every flag)")
+        hint = "--help lists every flag"
+        for word in re.findall(r"(?<!\S)--?[\w-]+", message)[:1]:
+            close = difflib.get_close_matches(word.lower(), flags, 1, 0.7)
+            hint = " ".join(f"did you mean {flag}?" for flag in close if flag != word) or hint
+        raise UserError(f"{message} ({hint})")
 
+    examples = re.findall("^    (python .+)", __doc__ or "", re.MULTILINE)
     parser = argparse.ArgumentParser(
-        prog="emotion_recognition.py", allow_abbrev=False, argument_default=argparse.SUPPRESS,
+        prog="emotion_recognition.py", usage="python %(prog)s [flags]", allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        formatter_class=argparse.RawDescriptionHelpFormatter, epilog="\n".join(["examples:", *examples]),
         description="Speech emotion recognition on RAVDESS: sound, words, and both.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     # argparse would end the process, and with it a notebook's cell in a dump of SystemExit.
@@ -249,16 +262,21 @@ def make_parser():
 
     # A notebook has no file, so its flags have no help.
     source = Path(__file__).read_text(encoding="utf-8") if "__file__" in globals() else ""
-    comments = dict(re.findall(r"^([A-Z_]+) = .+?  # (.+)$", source, re.MULTILINE))
-    for name, kind in SETTINGS.items():
-        key = name.lower()
+    lines, *_ = source.partition("# fmt: off")[2].partition("# fmt: on")
+    found = re.findall("^# (.+)|^([A-Z_]+) = [^#\n]*(?:# (.+))?", lines, re.MULTILINE)
+    group = parser
+    for heading, name, text in found or [("", name, "") for name in SETTINGS]:
+        if heading:
+            group = parser.add_argument_group(heading)
+            continue
+        key, kind = name.lower(), SETTINGS[name]
         options = {"type": functools.partial(read_number, key)}
         if kind is str:
             options = {"choices": ALLOWED.get(key)}
         if kind is bool:
             options = {"action": argparse.BooleanOptionalAction}
-        text = f"{comments.get(name, '')} (default: {globals()[name]})".replace("%", "%%")
-        parser.add_argument(flag_of(name, True), help=text, **options)
+        text = f"{text} (default: {globals()[name]})".replace("%", "%%")
+        group.add_argument(flag_of(name, True), help=text, **options)
     return parser
 
 
@@ -351,7 +369,7 @@ class Corpus:
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
 CLIP_NAME = re.compile("-".join(["([0-9][0-9])"] * 7))  # modality-channel-emotion-intensity-...
-PASSED_OVER = ["second copy", "song", "video", "other name"]  # why files are no clips
+PASSED_OVER = ["second copy", "song", "video", "other name", "--leave-out"]  # why files are no clips
 UNFINISHED = ".unfinished"  # ends the name of a folder that --download is still filling
 RESERVED = {  # columns of tables: names that no emotion may have
     *"system fold seed split clip actor emotion true predicted caveats transcript intensity sex".split(),
@@ -364,19 +382,36 @@ def read_corpus(cfg):
     """The corpus that the settings name, with features. Raises UserError."""
     source = cfg.manifest or find_corpus(cfg)
     listed, left_out = list_manifest(source) if cfg.manifest else list_ravdess(source)
+    listed, dropped = without_emotions(listed, cfg)
     clips, broken = load_clips(listed, source, cfg)
 
     # A copy under the same name counts once, and a damaged first copy does not hide a good second one.
     copies = clips[clips.duplicated("clip")].assign(reason="second copy")
-    left_out = pd.concat([left_out, broken, copies], ignore_index=True)[["path", "reason"]]
+    left_out = pd.concat([left_out, dropped, broken, copies], ignore_index=True)[["path", "reason"]]
     clips = clips.drop_duplicates("clip").sort_values("clip", ignore_index=True)
     # Eight emotions that silently become seven would be another task.
     lacking = [emotion for emotion in classes_of(clips) if emotion not in set(clips["emotion"])]
     refuse({f"{unusable(left_out)}{source} has no {' and no '.join(lacking)} clip that can be used: complete "
-            "the folder of --ravdess-path": lacking and not cfg.manifest})
+            f"the folder of --ravdess-path, or go on with --leave-out {','.join(lacking)}":
+            lacking and not cfg.manifest})
     split, words = split_kind(clips, cfg), words_kind(clips, cfg)
     name = Path(cfg.manifest).name or "RAVDESS"
     return Corpus(name, clips, left_out, split, words, caveats_of(split, words, cfg))
+
+
+def without_emotions(listed, cfg):
+    """(listed clips without the emotions of --leave-out, those with the reason). Raises UserError."""
+    classes, unwanted = classes_of(listed), names_in(cfg.leave_out)
+    wanted = [emotion for emotion in classes if emotion not in unwanted]
+    refuse({f"--leave-out {cfg.leave_out} is not a list out of {', '.join(classes)} that leaves two and more":
+            not set(unwanted) <= set(classes) or len(wanted) < 2})
+    return of_emotions(listed, wanted), listed[listed["emotion"].isin(unwanted)].assign(reason="--leave-out")
+
+
+def of_emotions(clips, emotions):
+    """The clips of some emotions, which become the classes."""
+    clips = clips[clips["emotion"].isin(emotions)].reset_index(drop=True)
+    return clips.assign(emotion=clips["emotion"].cat.set_categories(emotions))
 
 
 def find_corpus(cfg):
@@ -620,6 +655,7 @@ def caveats_of(split, words, cfg):
     return tuple(holding({
         "synthetic demo corpus: the figures mean nothing": cfg.demo,
         f"text: simulated sentences (oracle{noise})": words == "simulated",
+        f"without {', '.join(names_in(cfg.leave_out))}": cfg.leave_out,
         "random split: speakers shared between splits": split == "random",
         "split of the manifest: speakers shared between splits or unknown": split == "shared"}))
 
@@ -651,11 +687,13 @@ def split_clips(corpus, run):
     order = clips["split"].map(SPLITS.index)
     clips = clips[order == order.groupby(clips["digest"]).transform("min")].reset_index(drop=True)
 
-    there = set(zip(clips["emotion"], clips["split"]))
+    used = set(zip(clips["emotion"], clips["split"]))
     for emotion, split in itertools.product(classes_of(clips), SPLITS):
-        refuse({f"{unusable(corpus.left_out)}no {emotion} clip is left for {split} among those like "
-                f"{corpus.clips['path'][0]}: complete the folder of --ravdess-path, or --manifest, or choose "
-                "other --folds": (emotion, split) not in there})
+        there = of_emotions(corpus.clips, [emotion])
+        refuse({f"{unusable(corpus.left_out)}no {emotion} clip is left for {split}, of {len(there)} by "
+                f"{there['actor'].nunique()} speakers like {there['path'][0]}: complete the folder of "
+                "--ravdess-path, or --manifest, choose other --folds, or go on with --leave-out "
+                f"{emotion}": (emotion, split) not in used})
     return clips
 
 
@@ -678,6 +716,7 @@ def fold_actors(actors, fold):
 
 def deal_at_random(clips, seed):
     """The names of the splits (N,): 70, 15 and 15 % of every emotion's clips, the same bytes together."""
+    from sklearn.model_selection import train_test_split
     # Bytes are dealt, not clips, so that copies stay together.
     once = clips.drop_duplicates("digest")
     deal = functools.partial(train_test_split, random_state=seed)
@@ -1621,7 +1660,7 @@ class Trainer:
 
     def state(self):
         """All that the next step depends on, as tensors and builtins."""
-        parts = {key: trained_state(part) for key, part in self.parts.items()}
+        parts = {key: part.state_dict() for key, part in self.parts.items()}
         generators = [source.get_rng_state() for source in self.generators]
         return parts | {"steps": self.steps, "generators": generators}
 
@@ -1629,9 +1668,7 @@ class Trainer:
         """Take over what `state()` gave; a state of something else raises almost anything."""
         self.steps = state["steps"]
         for key, part in self.parts.items():
-            if trained_state(part).keys() != state[key].keys():
-                raise KeyError(key)
-            part.load_state_dict(part.state_dict() | state[key])
+            part.load_state_dict(state[key])
         for source, value in zip(self.generators, state["generators"]):
             source.set_rng_state(value)
 
@@ -1665,11 +1702,6 @@ class Trainer:
         if label.ndim == 2:  # mixed
             label = label.argmax(dim=1)
         return float(loss.detach()), float((logits.argmax(dim=1) == label).float().mean())
-
-
-def trained_state(part):
-    """The state of a model, optimiser or the like, without the tensors of a fusion's frozen parts."""
-    return {key: value for key, value in part.state_dict().items() if not key.startswith("encoders.")}
 
 
 def resume(trainer, path, fingerprint):
@@ -1847,6 +1879,7 @@ def reads_words(name):
 Checkpoint = namedtuple("Checkpoint", "system spec weights classes words caveats settings fingerprint "
                         "history windows log_probs")
 TRAIN_AGAIN = "train with --phase all, or name another --output-dir"
+PREVIOUS = "_best.previous.pth"  # ends the name of the checkpoint that the last training replaced
 
 
 def file_of(cfg, name, ending="_best.pth"):
@@ -1854,9 +1887,9 @@ def file_of(cfg, name, ending="_best.pth"):
     return Path(cfg.output_dir, f"{SYSTEMS[name].file}{ending}")
 
 
-def read_checkpoint(cfg, name):
+def read_checkpoint(cfg, name, ending="_best.pth"):
     """The Checkpoint of a system, tensors left on disk until used. Raises UserError."""
-    path = file_of(cfg, name)
+    path = file_of(cfg, name, ending)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if "temperature" in content:
@@ -1949,17 +1982,35 @@ def without_docstrings(tree):
     return tree
 
 
-def stale_because(cfg, name, clips):
+def stale_because(cfg, name, clips, ending="_best.pth"):
     """Why a system must be trained, in words; "" when its checkpoint can be used again."""
-    if not file_of(cfg, name).exists():
+    if not file_of(cfg, name, ending).exists():
         return "not trained yet"
     try:
-        old, new = read_checkpoint(cfg, name).fingerprint, fingerprint_of(cfg, name, clips)
+        old, new = read_checkpoint(cfg, name, ending), fingerprint_of(cfg, name, clips)
     except UserError as error:
         return str(error)
     if cfg.reuse_edited or not new["code"]:  # a notebook has no code to compare
         del new["code"]
-    return differences(old, new)
+    changes = differences(old.fingerprint, new)
+    longer = len(old.history) > int(new[f"epochs_{SYSTEMS[name].kind.suffix}"])
+    keeping = ", in place of a longer training: another --output-dir keeps both"
+    return changes + keeping * bool(changes and longer)
+
+
+def take_back(cfg, name, clips):
+    """Whether the checkpoint that the last training replaced is what is asked for; it then changes places."""
+    if stale_because(cfg, name, clips, PREVIOUS):
+        return False
+    path, previous = file_of(cfg, name), file_of(cfg, name, PREVIOUS)
+    # Killed in between, what was asked for is still found.
+    aside = path.with_suffix(".aside.pth")
+    with contextlib.suppress(FileNotFoundError):
+        path.replace(aside)
+    previous.replace(path)
+    with contextlib.suppress(FileNotFoundError):
+        aside.replace(previous)
+    return True
 
 
 def train_system(cfg, name, clips, corpus, device):
@@ -1983,7 +2034,7 @@ def train_system(cfg, name, clips, corpus, device):
     with replacing(path) as temporary:
         torch.save(checkpoint._asdict(), temporary)
         if path.exists():  # now that the new one is whole
-            path.replace(path.with_suffix(".previous.pth"))
+            path.replace(file_of(cfg, name, PREVIOUS))
     state.unlink(missing_ok=True)
 
 
@@ -2231,7 +2282,8 @@ def score(table, classes):
 
 def confusion(table, classes):
     """How often each emotion (rows) was taken for each (columns) in predictions: counts (C, C)."""
-    return metrics.confusion_matrix(table["emotion"], table["predicted"], labels=classes)
+    from sklearn.metrics import confusion_matrix  # here, since it is slow to import
+    return confusion_matrix(table["emotion"], table["predicted"], labels=classes)
 
 
 def reliability(table, classes, bins=15):
@@ -3090,7 +3142,8 @@ def describe_corpus(corpus, source):
         more = f" and {len(same[0]) - 4} more" * (len(same[0]) > 4)
         sentences.append(f"Same bytes under several names, {len(same)} times, the first: "
                          f"{' = '.join(same[0][:4])}{more}.")
-    return sentences + [f"Left out: {line.path}: {line.reason}." for line in broken[:10].itertuples()]
+    sentences += [f"Left out: {line.path}: {line.reason}." for line in broken[:10].itertuples()]
+    return sentences + holding({f"Left out: {len(broken) - 10} more, see left_out.csv.": len(broken) > 10})
 
 
 def counted(counts):
@@ -3099,13 +3152,14 @@ def counted(counts):
 
 
 def missing_clips(clips):
-    """What is missing of RAVDESS's 24 x 60 clips, as a sentence."""
-    codes = itertools.product(range(1, 9), (1, 2), (1, 2), (1, 2), range(1, 25))
+    """What is missing of RAVDESS's 24 x 60 clips, or of those of some emotions, as a sentence."""
+    emotions = [EMOTIONS.index(emotion) + 1 for emotion in classes_of(clips)]
+    codes = itertools.product(emotions, (1, 2), (1, 2), (1, 2), range(1, 25))
     # Neutral is never strong.
     expected = {"03-01-{:02}-{:02}-{:02}-{:02}-{:02}".format(*code) for code in codes if code[:2] != (1, 2)}
     missing = sorted(expected.difference(clips["clip"]))
     first = f", the first {missing[0]}" if missing else ""
-    return f"Missing from the 24 x 60 clips of RAVDESS: {len(missing)}{first}."
+    return f"Missing from the {len(expected)} clips of RAVDESS: {len(missing)}{first}."
 
 
 def title_of_split(corpus, run):
@@ -3188,18 +3242,11 @@ def models_asked(cfg, corpus):
 
 def train_run(run, names, clips, corpus, device):
     """Train the models of a run that are not up to date; all checkpoints that are then there and valid."""
-    reasons = {}
-    print(f"\nPlan: {device} in {training_precision(device)}, {torch.get_num_threads()} threads, results in "
-          f"{run.output_dir}" + ", edits of the code are not noticed in a notebook" * (not definitions()))
+    reasons, threads = {}, torch.get_num_threads()
+    print(f"\nPlan: {device} in {training_precision(device)}, {threads} thread{'s' * (threads > 1)}, results "
+          f"in {run.output_dir}" + ", edits of the code are not noticed in a notebook" * (not definitions()))
     for name in names:
-        parts = [f"{SYSTEMS[part].title} will be" for part in SYSTEMS[name].parts if reasons.get(part)]
-        reasons[name] = stale_because(run, name, clips)
-        if parts and file_of(run, name).exists():
-            reasons[name] = ", ".join(parts)
-        checkpoint, state = file_of(run, name), file_of(run, name, "_training.pth")
-        if not reasons[name] and state.exists() and state.stat().st_mtime <= checkpoint.stat().st_mtime:
-            state.unlink()  # the training was killed in its last moment
-        what = f"is trained ({reasons[name]})" if reasons[name] else "used again"
+        reasons[name], what = plan_of(run, name, clips, reasons)
         print(f"  {SYSTEMS[name].title:24} {what}", flush=True)
         if reasons[name] and SYSTEMS[name].kind is TextBERT:
             load_text_encoder(run.bert_model)  # now: after an hour it is too late to miss it
@@ -3207,6 +3254,22 @@ def train_run(run, names, clips, corpus, device):
     for name in filter(reasons.get, names):
         train_system(run, name, clips, corpus, device)
     return {name: read_checkpoint(run, name) for name in TRAINED if not stale_because(run, name, clips)}
+
+
+def plan_of(run, name, clips, reasons):
+    """(why a system is trained, "" if not; what the plan says of it); `reasons` has those of its parts."""
+    checkpoint, state = file_of(run, name), file_of(run, name, "_training.pth")
+    parts = [f"{SYSTEMS[part].title} will be" for part in SYSTEMS[name].parts if reasons.get(part)]
+    reason = stale_because(run, name, clips)
+    if parts and checkpoint.exists():
+        reason = ", ".join(parts)
+    elif reason and take_back(run, name, clips):
+        return "", "taken back, the training that replaced it is kept"
+    if reason:
+        return reason, f"is trained ({reason})"
+    if state.exists() and state.stat().st_mtime <= checkpoint.stat().st_mtime:
+        state.unlink()  # the training was killed in its last moment
+    return "", "used again"
 
 
 def not_run(answered, cfg, corpus):
@@ -3320,7 +3383,8 @@ def evaluate_phase(cfg):
     # The features are those of the training, the corpus is another one.
     work = predictor.cfg._replace(
         phase="evaluate", manifest=cfg.manifest, output_dir=evaluation_folder(cfg), given=cfg.given,
-        split="speaker", folds="0", runs=1, demo=False, fusion="both", use_simulated_sentences=False)
+        split="speaker", folds="0", runs=1, demo=False, fusion="both", use_simulated_sentences=False,
+        leave_out="")
     whole = read_corpus(work)
     corpus = shared_emotions(whole, predictor.classes, cfg)
     shared = classes_of(corpus.clips)
@@ -3369,8 +3433,7 @@ def shared_emotions(corpus, classes, cfg):
     shared = [emotion for emotion in classes if emotion in classes_of(corpus.clips)]
     refuse({f"{cfg.manifest} has {', '.join(shared) or 'no emotion'} in common with the models of "
             f"{cfg.output_dir}, fewer than two of {', '.join(classes)}: see --manifest": len(shared) < 2})
-    clips = corpus.clips[corpus.clips["emotion"].isin(shared)].reset_index(drop=True)
-    clips = clips.assign(split="test", emotion=clips["emotion"].cat.set_categories(shared))
+    clips = of_emotions(corpus.clips, shared).assign(split="test")
     words = "manifest" if "transcript" in clips else f"{cfg.manifest} has no column transcript"
     return replace(corpus, clips=clips, words=words, split="manifest")
 
@@ -3418,7 +3481,7 @@ if __name__ == "__main__":
     try:
         main()
     except (UserError, OSError, KeyboardInterrupt) as stop:
-        sentence = str(stop) or "stopped; the same command goes on from what is finished"
+        sentence = str(stop) or "stopped; what is finished is kept"
         if in_kernel():
             raise UserError(sentence) from None
         print(f"error: {sentence}", file=sys.stderr)

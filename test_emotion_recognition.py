@@ -453,7 +453,7 @@ def test_the_full_corpus_is_counted_and_two_names_with_the_same_bytes_are_kept(u
     assert f"Clips per emotion: {PER_EMOTION}." in sentences
     per_actor = ", ".join(f"{actor} 60" for actor in range(1, 25))
     assert f"Clips per actor: {per_actor}." in sentences
-    assert "Missing from the 24 x 60 clips of RAVDESS: 0." in sentences
+    assert "Missing from the 1440 clips of RAVDESS: 0." in sentences
     assert any("Same bytes" in sentence and same in sentence for sentence in sentences)
     assert "test 300 clips of actors 2 5 14 15 16" in sentences[-1]
     assert pd.read_csv("outputs/left_out.csv").empty
@@ -463,7 +463,7 @@ def test_what_is_missing_is_counted_and_the_first_of_it_is_named(few_clips, unpu
     unpacked(few_clips)
     sentences = data_of("--ravdess-path", "corpus")
     [missing] = [sentence for sentence in sentences if sentence.startswith("Missing")]
-    assert missing.startswith("Missing from the 24 x 60 clips of RAVDESS: 1416")
+    assert missing.startswith("Missing from the 1440 clips of RAVDESS: 1416")
     assert "03-01-01-01-01-01-04" in missing
 
 
@@ -888,8 +888,62 @@ def test_an_emotion_that_the_folder_lacks_is_named_with_the_folder(few_clips):
     touch("corpus", "03-02-07-01-01-01-01.wav")  # a song
     sentence = refusal_of("--ravdess-path", "corpus")
     assert sentence.startswith("corpus has no disgust clip")
-    assert "--ravdess-path" in sentence
+    assert "--ravdess-path" in sentence and "--leave-out disgust" in sentence
     assert not Path("outputs/clips.csv").exists()
+
+    audit = data_of("--ravdess-path", "corpus", "--leave-out", "disgust")
+    assert "used; left out: song 1" in audit[0]
+
+
+def test_emotions_that_are_left_out_are_counted_and_no_class_any_more(few_clips):
+    unpacked(few_clips)
+    audit = data_of("--ravdess-path", "corpus", "--leave-out", " calm, disgust,")
+    assert "18 clips of 3 actors are used; left out: --leave-out 6" in audit[0]
+    assert "Clips per emotion: neutral 3, happy 3, sad 3, angry 3, fearful 3, surprised 3." in audit
+    assert "Missing from the 1056 clips of RAVDESS: 1038, the first 03-01-01-01-01-01-04." in audit
+    assert "without calm, disgust" in read_json("outputs/audit.json")["caveats"]
+
+    clips, left_out = pd.read_csv("outputs/clips.csv"), pd.read_csv("outputs/left_out.csv")
+    assert set(clips["emotion"]) == set(er.EMOTIONS) - {"calm", "disgust"}
+    assert set(left_out["reason"]) == {"--leave-out"}
+    assert left_out["path"].str.contains("03-01-0[27]-").all()
+    encoder = pickle.loads(Path("outputs/label_encoder.pkl").read_bytes())
+    assert list(encoder.classes_) == ["neutral", "happy", "sad", "angry", "fearful", "surprised"]
+
+
+@pytest.mark.parametrize("wrong", ["clam", "calm,boredom", ",".join(er.EMOTIONS[1:])])
+def test_emotions_that_cannot_be_left_out_are_refused(few_clips, wrong):
+    unpacked(few_clips)
+    sentence = refusal_of("--ravdess-path", "corpus", "--leave-out", wrong)
+    assert sentence == (f"--leave-out {wrong} is not a list out of {', '.join(er.EMOTIONS)} that leaves two "
+                        "and more")
+
+
+def test_of_many_clips_that_cannot_be_used_ten_are_named_and_all_are_listed(few_clips):
+    unpacked(few_clips)
+    damaged = [f"03-01-01-01-01-02-{actor:02}.wav" for actor in range(1, 25)]
+    touch("corpus/damaged", *damaged)
+    audit = data_of("--ravdess-path", "corpus")
+    named = [sentence for sentence in audit if sentence.startswith("Left out: ")]
+    assert len(named) == 11
+    assert named[-1] == "Left out: 14 more, see left_out.csv."
+    assert "unusable 24" in audit[0]
+    assert len(pd.read_csv("outputs/left_out.csv")) == 24
+
+
+def test_bytes_in_two_splits_of_a_manifest_stay_in_the_first_and_that_is_said(unpublished):
+    flags = own_corpus(["happy", "sad"], split=lambda _, speaker, __: {3: "validation", 4: "test"}.get(
+        speaker, "train"))
+    copied_from, copied_to = Path("own/sound/000.wav"), Path("own/sound/003.wav")  # happy, speakers 1 and 4
+    written("own/sound/more.wav", speech())
+    with Path("own/corpus.csv").open("a") as table:
+        table.write("sound/more.wav,happy,4,test\n")
+    copied_to.write_bytes(copied_from.read_bytes())
+    audit = data_of(*flags)
+    assert "1 clips are left out, since their bytes occur in an earlier split" in audit[-1]
+    clips = pd.read_csv("outputs/clips.csv").set_index("clip")["split"]
+    assert "sound/003.wav" not in clips
+    assert clips["sound/000.wav"] == "train"
 
 
 def test_unreadable_files_are_counted_before_a_class_that_is_missing_in_a_split(few_clips):
@@ -900,8 +954,9 @@ def test_unreadable_files_are_counted_before_a_class_that_is_missing_in_a_split(
 
     unreadable, missing = sentence.split("; ")
     assert unreadable.startswith("2 clips cannot be used (the first, corpus")
-    assert missing.startswith("no disgust clip is left for test among those like corpus")
-    assert "--folds" in missing
+    first = Path("corpus/Actor_02/03-01-07-01-01-01-02.wav")
+    assert missing.startswith(f"no disgust clip is left for test, of 2 by 2 speakers like {first}: ")
+    assert "--folds" in missing and "--leave-out disgust" in missing
 
 
 def test_files_that_a_manifest_names_in_vain_are_counted_before_a_class_that_is_missing():
@@ -1692,11 +1747,44 @@ def test_any_text_may_be_a_flag_or_a_constant(name, text):
         assert getattr(cfg, name.lower()) == text
 
 
-@pytest.mark.parametrize("argv", ["--learning-rate 0.1", "--no-seed", "--demo=yes", "speech.wav", "-x"])
+@pytest.mark.parametrize("argv", ["--nothing 0.1", "--demo=yes", "speech.wav", "-x"])
 def test_what_is_no_flag_is_named_in_the_error(argv):
     sentence = outcome(*argv.split())
     assert re.split("[ =]", argv)[0] in sentence
     assert "--help lists every flag" in sentence
+
+
+@pytest.mark.parametrize(("typed", "meant"), [
+    ("--epoch-cnn 5", "--epochs-cnn"),
+    ("--epochs_rnn=5", "--epochs-rnn"),
+    ("--learning-rate 0.1", "--learning-rate-rnn"),
+    ("--OUTPUT-DIR x", "--output-dir"),
+    ("-demo", "--demo"),
+    ("--no-seed", "--seed"),
+])
+def test_a_mistyped_flag_names_the_nearest_one(typed, meant):
+    sentence = outcome(*typed.split())
+    assert sentence.startswith("unrecognized arguments: ")
+    assert sentence.endswith(f"(did you mean {meant}?)")
+
+
+def test_help_is_grouped_as_the_constants_are_and_shows_every_phase(capsys):
+    with pytest.raises(SystemExit):
+        er.main(["--help"])
+    shown = capsys.readouterr().out
+    headings = re.findall("^([A-Z].*):$", shown, re.MULTILINE)
+    assert headings == ["What to run", "Splits", "Words", "Sound", "Training"]
+    before_training, training = shown.split("Training:")
+    assert "--leave-out" in before_training and "--epochs-cnn" not in before_training
+    assert "--mixup" in training
+
+    examples = shown.split("examples:\n")[1].splitlines()
+    assert all(line.startswith("python emotion_recognition.py") for line in examples)
+    for phase in set(er.ALLOWED["phase"]) - {"all"}:
+        assert any(f"--phase {phase}" in line for line in examples)
+    for line in examples:
+        argv = re.sub("   .*", "", line).split()[2:]  # what follows is what it does
+        assert argv == ["--help"] or isinstance(outcome(*argv), er.Settings)
 
 
 @pytest.mark.parametrize("folds", ["1,", " 1", "1 ,"])
@@ -2303,7 +2391,7 @@ def times_of_checkpoints():
 
 def plan_of(printed):
     """The plan of a run on the console: what is to happen to each model, by its title."""
-    lines = re.findall(r"^  (\w.*?) +(is trained .*|used again)$", printed, re.MULTILINE)
+    lines = re.findall(r"^  (\w.*?) +(is trained .*|used again|taken back.*)$", printed, re.MULTILINE)
     return dict(lines)
 
 
@@ -2623,6 +2711,53 @@ def test_new_epochs_retrain_the_model_and_what_hangs_on_it(paired, trained, unpu
     er.main(command)
     assert len(trained) == 3
     assert times_of_checkpoints() == after
+
+
+def test_going_back_to_the_settings_of_replaced_models_takes_them_back(
+        paired, trained, unpublished, undrawn, capsys):
+    good, command = contents(OUTPUT), [*paired, "--phase", "fusion"]
+    er.main([*command, "--epochs-cnn", "2"])
+    longer = contents(OUTPUT)
+    del trained[:]
+    capsys.readouterr()
+
+    back = "taken back, the training that replaced it is kept"
+    for flags, expected in ((command, good), ([*command, "--epochs-cnn", "2"], longer)):
+        er.main(flags)
+        plan = plan_of(capsys.readouterr().out)
+        assert plan == {"AudioCNN": back, "TextRNN": "used again", "Early fusion, RNN": back,
+                        "Attention fusion, RNN": back}
+        for name in ("cnn", "rnn", "fusion_rnn", "attention_rnn"):
+            path = place_of(name)
+            assert path.read_bytes() == expected[str(path)]
+    assert trained == []
+    assert not list(OUTPUT.glob("*.aside.pth"))
+
+
+def test_a_training_that_replaces_a_longer_one_says_how_to_keep_both(
+        worded, trained, unpublished, undrawn, capsys):
+    er.main([*worded, "--epochs-rnn", "2"])
+    er.main([*worded, "--word-dropout", "0.2"])
+    plan = plan_of(capsys.readouterr().out)
+    reason = plan["TextRNN"]
+    assert "epochs_rnn 2 -> 1" in reason
+    assert reason.endswith("in place of a longer training: another --output-dir keeps both)")
+    assert trained == ["rnn", "rnn"]
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_killed_while_models_change_places_the_one_that_was_asked_for_is_found(
+        number, worded, trained, unpublished, undrawn, monkeypatch):
+    good = place_of("rnn").read_bytes()
+    er.main([*worded, "--epochs-rnn", "2"])
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(er, "save", lambda *_: None)
+        patch.setattr(er, "save_table", lambda *_: None)
+        interrupt(patch, Path, "replace", number, after=True)
+        er.main(worded)
+    er.main(worded)
+    assert trained == ["rnn"]
+    assert place_of("rnn").read_bytes() == good
 
 
 def test_changed_sound_features_train_anew_who_hears_and_nobody_else(
@@ -5404,7 +5539,7 @@ TRANSCRIPTS = OUTPUT / "transcripts_whisper.json"
 
 ONE_SENTENCE = {  # what is wrong: (command line, what the sentence must name, how it is made so)
     # Flags
-    "mistyped flag": ("--epoch-cnn 3", "--epoch-cnn|--help"),
+    "mistyped flag": ("--epoch-cnn 3", "--epoch-cnn|did you mean --epochs-cnn?"),
     "abbreviated flag": ("--epochs-cn 3", "--epochs-cn"),
     "wrong type": ("--epochs-cnn many", "--epochs-cnn|many is not of type int"),
     "no epochs": ("--epochs-cnn 0", "--epochs-cnn|0 is not of type int from 1"),
@@ -5819,12 +5954,38 @@ def test_the_command_line_ends_with_exit_code_2_and_one_line(argv, named, monkey
     assert message.count("\n") == 1
 
 
+@pytest.mark.parametrize(("own", "policy"), [("", "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_threads_that_wait_sleep_unless_the_user_wants_otherwise(own, policy):
+    """OpenMP itself says, when it is loaded, what it took from the environment."""
+    environment = os.environ | {"OMP_DISPLAY_ENV": "TRUE", "OMP_WAIT_POLICY": own}
+    if not own:
+        del environment["OMP_WAIT_POLICY"]
+    done = subprocess.run([sys.executable, "-c", "import emotion_recognition"], cwd=SCRIPT.parent,
+                          env=environment, capture_output=True, text=True, timeout=100)
+    found = re.findall("OMP_WAIT_POLICY *= *'(.*)'", done.stderr)
+    assert found and set(found) == {policy}
+
+
 def test_whoever_has_nothing_is_told_so_before_anything_is_loaded():
     """A real process, without corpus, text encoder and hub."""
     done = run_script()
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: ") and "zenodo.org" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_ctrl_c_in_a_training_says_after_which_epoch_and_the_same_command_goes_on(
+        finished, unpublished, undrawn, monkeypatch, capsys):
+    copy_models(finished, "rnn")
+    command = [*DEMO, "--run-models", "rnn", "--epochs-rnn", "3"]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) as stop:
+        interrupt(patch, er, "fit_epoch", 3)
+        er.main(command)
+    assert str(stop.value) == "stopped after epoch 2 of 3; the same command goes on from there"
+
+    er.main(command)
+    assert "goes on after epoch 2 of 3" in capsys.readouterr().out
+    assert len(checkpoint_of("rnn")["history"]) == 3
 
 
 @pytest.mark.parametrize(("stopped_by", "said", "code"), [
@@ -6072,7 +6233,7 @@ def test_the_real_corpus_is_complete_and_its_quiet_clips_survive(unpublished):
     audit, clips = read_json("outputs/audit.json")["audit"], pd.read_csv("outputs/clips.csv")
     assert len(clips) == 1440 and len(pd.read_csv("outputs/left_out.csv")) == 0
     assert "1440 clips of 24 actors are used; left out: none" in audit[0]
-    assert "Missing from the 24 x 60 clips of RAVDESS: 0." in audit
+    assert "Missing from the 1440 clips of RAVDESS: 0." in audit
     by_emotion = ", ".join(f"{emotion} 192" for emotion in er.EMOTIONS[1:])
     assert f"Clips per emotion: neutral 96, {by_emotion}." in audit
     assert any(sentence.startswith("Same bytes under several names, ") for sentence in audit)
