@@ -690,8 +690,9 @@ def split_clips(corpus, run):
     used = set(zip(clips["emotion"], clips["split"]))
     for emotion, split in itertools.product(classes_of(clips), SPLITS):
         there = of_emotions(corpus.clips, [emotion])
+        first = "".join(there["path"][:1]) or "none"
         refuse({f"{unusable(corpus.left_out)}no {emotion} clip is left for {split}, of {len(there)} by "
-                f"{there['actor'].nunique()} speakers like {there['path'][0]}: complete the folder of "
+                f"{there['actor'].nunique()} speakers (the first: {first}): complete the folder of "
                 "--ravdess-path, or --manifest, choose other --folds, or go on with --leave-out "
                 f"{emotion}": (emotion, split) not in used})
     return clips

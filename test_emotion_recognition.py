@@ -955,7 +955,7 @@ def test_unreadable_files_are_counted_before_a_class_that_is_missing_in_a_split(
     unreadable, missing = sentence.split("; ")
     assert unreadable.startswith("2 clips cannot be used (the first, corpus")
     first = Path("corpus/Actor_02/03-01-07-01-01-01-02.wav")
-    assert missing.startswith(f"no disgust clip is left for test, of 2 by 2 speakers like {first}: ")
+    assert missing.startswith(f"no disgust clip is left for test, of 2 by 2 speakers (the first: {first}): ")
     assert "--folds" in missing and "--leave-out disgust" in missing
 
 
