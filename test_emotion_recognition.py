@@ -251,6 +251,14 @@ def interrupt(patch, owner, name, call, after=False):
     patch.setattr(owner, name, interrupted)
 
 
+def companion(path):
+    """A script of archive/ as a module."""
+    spec = er.importlib.util.spec_from_file_location(path.stem, path)
+    module = er.importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 class Hostile:
     """Its pickle creates a file when it is loaded."""
 
@@ -3493,11 +3501,7 @@ SILENT, NOISY = OUTPUT / "noise_0.0/demo", OUTPUT / "noise_1.0/demo"
 
 @pytest.fixture(scope="session")
 def study():
-    """The companion as a module."""
-    spec = er.importlib.util.spec_from_file_location("study", STUDY)
-    module = er.importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return companion(STUDY)
 
 
 @pytest.fixture
@@ -4566,52 +4570,156 @@ def test_own_sentences_serve_the_emotions_of_a_manifest_and_are_an_oracle(unpubl
     assert read_json("outputs/audit.json")["caveats"] == ["text: simulated sentences (oracle)"]
 
 
-README_CORPORA = {  # of the README's corpora: file names with the emotion and speaker that are meant
-    "CREMA-D": {
-        "AudioWAV/1001_DFA_ANG_XX.wav": ("angry", "1001"),
-        "1091_WSI_SAD_HI.wav": ("sad", "1091"),
+MANIFESTS = SCRIPT.parent / "archive/corpora.py"
+NAME_EXAMPLES = {
+    "crema-d": "1001_DFA_ANG_XX.wav",
+    "tess": "OAF_back_angry.wav",
+    "savee": "DC_a01.wav or DC/a01.wav",
+    "emo-db": "03a01Wa.wav",
+}
+KNOWN_CORPORA = {  # by corpus: file names in the order of the table, each with the rest of its row
+    "crema-d": {
+        "1091_IEO_SAD_HI.wav": "sad,1091,It's eleven o'clock",
+        "1091_TIE_SAD_X.wav": "sad,1091,That is exactly what happened",
+        "AudioWAV/1001_DFA_ANG_XX.wav": "angry,1001,Don't forget a jacket",
+        "AudioWAV/1001_IOM_DIS_XX.wav": "disgust,1001,I'm on my way to the meeting",
+        "AudioWAV/1001_ITH_FEA_XX.wav": "fearful,1001,I think I have a doctor's appointment",
+        "AudioWAV/1001_ITS_HAP_XX.wav": "happy,1001,I think I've seen this before",
+        "AudioWAV/1001_IWL_NEU_XX.WAV": "neutral,1001,I would like a new alarm clock",
+        "AudioWAV/1001_IWW_NEU_XX.wav": "neutral,1001,I wonder what this is about",
+        "AudioWAV/1001_MTI_NEU_XX.wav": "neutral,1001,Maybe tomorrow it will be cold",
+        "AudioWAV/1001_TAI_NEU_XX.wav": "neutral,1001,The airplane is almost full",
+        "AudioWAV/1001_TSI_NEU_XX.wav": "neutral,1001,The surface is slick",
+        "AudioWAV/1001_WSI_NEU_XX.wav": "neutral,1001,We'll stop in a couple of minutes",
     },
-    "TESS": {
-        "OAF_angry/OAF_back_angry.wav": ("angry", "OAF"),
-        "copy/OAF_back_angry.wav": ("angry", "OAF"),
-        "YAF_Pleasant/YAF_young_ps.wav": ("surprised", "YAF"),
-        "OAF_dog_fear.wav": ("fearful", "OAF"),
-        "OAF_neutral/OA_bite_neutral.wav": ("neutral", "OAF"),
+    "tess": {
+        "OAF_dog_fear.wav": "fearful,OAF,Say the word dog.",
+        "OAF_Sad/OAF_back_Sad.wav": "sad,OAF,Say the word back.",
+        "OAF_neutral/OAF_bite_happy.wav": "happy,OAF,Say the word bite.",
+        "OAF_neutral/OA_bite_neutral.wav": "neutral,OAF,Say the word bite.",
+        "YAF_ps/YAF_young_angry.wav": "angry,YAF,Say the word young.",
+        "YAF_ps/YAF_young_disgust.wav": "disgust,YAF,Say the word young.",
+        "YAF_ps/YAF_young_ps.wav": "surprised,YAF,Say the word young.",
     },
-    "SAVEE": {
-        "DC_a01.wav": ("angry", "DC"),
-        "JE/sa01.wav": ("sad", "JE"),
-        "KL/KL_su01.wav": ("surprised", "KL"),
-        "AudioData/JK/n30.wav": ("neutral", "JK"),
+    "savee": {
+        "DC_a01.wav": "angry,DC",
+        "DC_d01.wav": "disgust,DC",
+        "AudioData/JE/a01.wav": "angry,JE",
+        "AudioData/JE/f01.wav": "fearful,JE",
+        "AudioData/JK/h15.wav": "happy,JK",
+        "AudioData/JK/n30.wav": "neutral,JK",
+        "KL/KL_su01.wav": "surprised,KL",
+        "KL/sa01.wav": "sad,KL",
     },
-    "EMO-DB": {
-        "wav/03a01Wa.wav": ("angry", "03"),
-        "wav/16b10Lb.wav": ("bored", "16"),
-        "08a02Fe.wav": ("happy", "08"),
-        "03a01Ab.wav": ("fearful", "03"),
+    "emo-db": {
+        "08a02Fe.wav": "happy,08",
+        "wav/03a01Ab.wav": "fearful,03",
+        "wav/03a01Wa.wav": "angry,03",
+        "wav/03b01Ea.wav": "disgust,03",
+        "wav/03b01Ta.wav": "sad,03",
+        "wav/16b10Lb.wav": "bored,16",
+        "wav/16b10Nb.wav": "neutral,16",
     },
+}
+NO_CLIPS = {  # by corpus: files that come after those of KNOWN_CORPORA and are no further clips
+    "crema-d": ["Video/1001_DFA_ANG_XX.mp3", "Video/1001_DFA_SHY_XX.wav", "again/1001_DFA_ANG_XX.wav"],
+    "tess": ["old/readme.wav", "old/OAF_dog_love.wav", "tess/OAF_Sad/OAF_back_sad.wav"],
+    "savee": ["KL/sad01.mp3", "old/XY_a01.wav", "old/DC_a01.wav"],
+    "emo-db": ["wav/16b10Xb.wav", "wav/x16b10Na.wav", "wav2/08a02Fe.wav"],
 }
 
 
-@pytest.mark.parametrize("corpus", README_CORPORA)
-def test_the_recipes_of_the_readme_make_manifests(corpus):
-    readme = SCRIPT.with_name("README.md").read_text(encoding="utf-8")
-    _, chapter = readme.split("## Another corpus")
-    code = re.search(r"```python\n(.+?)```", chapter, re.DOTALL)[1]
-    imports, *recipes = code.split("\n\n")
-    recipe, = (text for text in recipes if f'"{corpus}"' in text)
-    names = README_CORPORA[corpus]
-    touch(corpus, *names)
-    exec(f"{imports}\n{recipe}", {})
+@pytest.fixture(scope="session")
+def corpora():
+    return companion(MANIFESTS)
 
-    clips, _ = er.list_manifest(f"{corpus.lower()}.csv")
-    expected = {Path(name).name: meant for name, meant in names.items()}
-    assert len(clips) == len(expected)
-    for clip in clips.itertuples():
-        path = Path(clip.path)
-        assert path.is_file()
-        assert (clip.emotion, str(clip.actor)) == expected[path.name]
-    assert ("transcript" in clips) == (corpus == "TESS")
+
+@pytest.mark.parametrize("name", KNOWN_CORPORA)
+def test_the_file_names_of_a_known_corpus_make_a_manifest(name, corpora, capsys):
+    rows = KNOWN_CORPORA[name]
+    touch("sound", *rows, *NO_CLIPS[name])
+    corpora.main([name, "sound"])
+    table, said = capsys.readouterr()
+
+    columns = "path,emotion,speaker"
+    if name in ("crema-d", "tess"):
+        columns += ",transcript"
+    folder = Path.cwd() / "sound"
+    expected = [f"{folder.as_posix()}/{path},{rest}" for path, rest in rows.items()]
+    assert table == "\n".join([columns, *expected, ""])
+
+    count, others = said.splitlines()
+    assert count == f"{len(rows)} clips; second copies passed over: 1"
+    assert others.startswith(f"passed over: 2 files with other names, such as {folder}")
+
+    # Wherever the table lies, it is read.
+    touch("tables", "m.csv")
+    Path("tables/m.csv").write_text(table, encoding="utf-8")
+    clips, _ = er.list_manifest("tables/m.csv")
+    for clip, (path, rest) in zip(clips.itertuples(), rows.items(), strict=True):
+        assert Path(clip.path).samefile(folder / path)
+        assert rest.startswith(f"{clip.emotion},{clip.actor}")
+
+
+def test_a_manifest_of_a_known_corpus_is_utf_8_and_its_clips_are_heard():
+    for emotion in ("ANG", "SAD"):
+        written(f"Töne, laut/1001_DFA_{emotion}_XX.wav", speech())
+    command = [sys.executable, str(MANIFESTS), "crema-d", "Töne, laut"]
+    surroundings = os.environ | {"PYTHONIOENCODING": "ascii"}
+    Path("tables").mkdir()
+    with Path("tables/m.csv").open("wb") as table:
+        subprocess.run(command, stdout=table, env=surroundings, check=True, timeout=120)
+
+    corpus = er.read_corpus(config(manifest="tables/m.csv"))
+    assert corpus.left_out.empty
+    assert list(corpus.clips["emotion"]) == ["angry", "sad"]
+    assert list(corpus.clips["actor"]) == [1001, 1001]
+    assert set(corpus.clips["transcript"]) == {"Don't forget a jacket"}
+    assert corpus.words == "manifest"
+
+
+def table_refusal(corpora, capsys, *argv):
+    """What the table's script says when it refuses a command: on stderr, with exit code 2 and no table."""
+    with pytest.raises(SystemExit) as stop:
+        corpora.main(argv)
+    table, said = capsys.readouterr()
+    assert stop.value.code == 2
+    assert table == ""
+    return said
+
+
+@pytest.mark.parametrize("name", KNOWN_CORPORA)
+@pytest.mark.parametrize(("folder", "problem"), [
+    ("missing", "is no folder"),
+    ("sound/readme.wav", "is no folder"),
+    ("sound", "holds no clips of {}"),
+    ("empty", "holds no clips of {}"),
+])
+def test_a_folder_without_the_known_corpus_is_named_with_the_names_it_should_have(
+        folder, problem, name, corpora, capsys):
+    touch("sound", "readme.wav", "03-01-05-01-02-01-12.wav")
+    Path("empty").mkdir()
+    problem = problem.format(name.upper())
+    advice = f"name a folder with files like {NAME_EXAMPLES[name]}"
+    said = table_refusal(corpora, capsys, name, folder)
+    assert said == f"error: {Path.cwd() / folder} {problem}: {advice}\n"
+
+
+def test_a_corpus_that_is_not_known_is_answered_with_those_that_are(corpora, capsys):
+    said = table_refusal(corpora, capsys, "emodb", ".")
+    assert "invalid choice: 'emodb'" in said
+    for name in KNOWN_CORPORA:
+        assert name in said
+
+
+def test_a_path_that_no_utf_8_table_can_hold_is_an_error(corpora, capfd):
+    folder = Path(os.fsdecode(b"T\xf6ne"))
+    try:
+        touch(folder, "DC_a01.wav")
+    except OSError:
+        pytest.skip("this file system takes UTF-8 only")
+    said = table_refusal(corpora, capfd, "savee", str(folder))
+    assert re.fullmatch("error: .* is not UTF-8, as the table must be: rename it\n", said)
 
 
 def evaluate(*flags):
