@@ -176,6 +176,7 @@ ALLOWED = {  # texts: one of them; numbers: least and most, floats if written so
     "clip_seconds": (0.0, 600.0),
     **dict.fromkeys(map("learning_rate_{}".format, ("cnn", "rnn", "bert", "fusion")), (0.0, 1e6)),
 }
+LISTS = "run_models", "folds", "leave_out"  # texts of comma-separated names
 DEMO_SETTINGS = {
     "epochs_cnn": 8,
     "epochs_fusion": 4,
@@ -297,7 +298,7 @@ def parse_settings(argv=None):
         given |= {"output_dir": str(folder if parts[-1:] == ["demo"] else folder / "demo")}
 
     cfg = Settings(**values | given, given=tuple(given))
-    cfg = cfg._replace(folds=",".join(names_in(cfg.folds)), run_models=",".join(names_in(cfg.run_models)))
+    cfg = cfg._replace(**{key: ",".join(names_in(getattr(cfg, key))) for key in LISTS})
     if cfg.input and "phase" not in given:
         cfg = cfg._replace(phase="predict")
     check_settings(cfg)

@@ -919,6 +919,29 @@ def test_emotions_that_are_left_out_are_counted_and_no_class_any_more(few_clips)
     assert list(encoder.classes_) == ["neutral", "happy", "sad", "angry", "fearful", "surprised"]
 
 
+def test_models_of_fewer_emotions_know_no_others_and_every_page_says_so(undrawn, capsys):
+    command = [*DEMO, "--run-models", "cnn", "--leave-out", "calm,disgust"]
+    er.main(command)
+    table, caveat = predictions(), "without calm, disgust"
+    fewer = ["neutral", "happy", "sad", "angry", "fearful", "surprised"]
+    assert config_of()["classes"] == fewer == checkpoint_of("cnn")["classes"]
+    assert set(table["emotion"]) == set(fewer) and "calm" not in table
+    assert caveat in header_of(DOCUMENT)
+    assert caveat in capsys.readouterr().out
+    for name in ("predictions.csv", "histories.csv", "clips.csv"):
+        written = pd.read_csv(OUTPUT / name)
+        assert written["caveats"].str.contains(caveat).all()
+
+    answer = er.Predictor(OUTPUT).predict(speech(), RATE)
+    assert set(fewer) <= set(answer) and "calm" not in answer
+    with pytest.raises(er.UserError, match="--leave-out=calm contradicts"):
+        er.main(["--demo", "--phase", "report", "--leave-out", "calm"])
+    er.main([*command, "--leave-out", "disgust, calm"])
+    assert "used again" in capsys.readouterr().out
+    er.main([*command, "--leave-out", "calm"])
+    assert "is trained (clips changed)" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("wrong", ["clam", "calm,boredom", ",".join(er.EMOTIONS[1:])])
 def test_emotions_that_cannot_be_left_out_are_refused(few_clips, wrong):
     unpacked(few_clips)
@@ -6082,6 +6105,24 @@ def test_whoever_has_nothing_is_told_so_before_anything_is_loaded():
     assert done.stderr.count("\n") == 1
 
 
+def test_a_long_epoch_shows_where_it_is_and_a_short_one_does_not(worded, unpublished, undrawn, monkeypatch,
+                                                               capsys):
+    er.main([*worded, "--seed", "1"])
+    assert "epoch 1" not in capsys.readouterr().err
+
+    bar = er.tqdm
+
+    def at_once(items, title, delay, **options):
+        """The bar as if the ten seconds were over."""
+        assert delay == 10
+        return bar(items, title, mininterval=0, **options)
+
+    monkeypatch.setattr(er, "tqdm", at_once)
+    er.main([*worded, "--seed", "2"])
+    bar = capsys.readouterr().err
+    assert re.search(r"epoch 1: +100%.* \d+/\d+ ", bar)
+
+
 def test_ctrl_c_in_a_training_says_after_which_epoch_and_the_same_command_goes_on(
         finished, unpublished, undrawn, monkeypatch, capsys):
     copy_models(finished, "rnn")
@@ -6472,3 +6513,35 @@ def test_training_is_several_times_as_fast_as_a_plain_loop(demo, all_cores):
           f"{ours / theirs:.1f} times as fast; the same on prepared features {cached:.0f}: "
           f"{ours / cached:.1f} times; peak memory {peak:.2f} GB")
     assert ours >= 3 * theirs and peak < 2
+
+
+@contextlib.contextmanager
+def busy_machine(processes):
+    """Other programs that want all of the processor."""
+    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(processes)]
+    try:
+        yield
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
+
+
+def seconds_an_epoch(policy):
+    """How long an epoch of the demo's AudioCNN takes under a policy of OpenMP; "" is OpenMP's own."""
+    environment = os.environ | {"OMP_WAIT_POLICY": policy}
+    del environment["OMP_NUM_THREADS"]
+    command = [sys.executable, str(SCRIPT), *"--demo --run-models cnn --epochs-cnn 2".split()]
+    shutil.rmtree(OUTPUT, ignore_errors=True)
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    return pd.read_csv(OUTPUT / "histories.csv")["seconds"].iloc[-1]
+
+
+@pytest.mark.benchmark
+def test_beside_other_programs_training_is_not_many_times_as_slow():
+    print("\nseconds an epoch of the demo's AudioCNN, threads that sleep / OpenMP's own way of waiting:")
+    for processes in (0, os.cpu_count()):
+        with busy_machine(processes):
+            ours, default = seconds_an_epoch("PASSIVE"), seconds_an_epoch("")
+        print(f"  beside {processes} busy processes: {ours:.1f} / {default:.1f}")
+    assert ours <= default / 2
