@@ -1662,7 +1662,7 @@ class Trainer:
 
     def state(self):
         """All that the next step depends on, as tensors and builtins."""
-        parts = {key: part.state_dict() for key, part in self.parts.items()}
+        parts = {key: trained_state(part) for key, part in self.parts.items()}
         generators = [source.get_rng_state() for source in self.generators]
         return parts | {"steps": self.steps, "generators": generators}
 
@@ -1670,7 +1670,9 @@ class Trainer:
         """Take over what `state()` gave; a state of something else raises almost anything."""
         self.steps = state["steps"]
         for key, part in self.parts.items():
-            part.load_state_dict(state[key])
+            if trained_state(part).keys() != state[key].keys():
+                raise KeyError(key)
+            part.load_state_dict(part.state_dict() | state[key])
         for source, value in zip(self.generators, state["generators"]):
             source.set_rng_state(value)
 
@@ -1704,6 +1706,11 @@ class Trainer:
         if label.ndim == 2:  # mixed
             label = label.argmax(dim=1)
         return float(loss.detach()), float((logits.argmax(dim=1) == label).float().mean())
+
+
+def trained_state(part):
+    """The state of a model, optimiser or the like, without the tensors of a fusion's frozen parts."""
+    return {key: value for key, value in part.state_dict().items() if not key.startswith("encoders.")}
 
 
 def resume(trainer, path, fingerprint):
@@ -1777,7 +1784,8 @@ def fit_epoch(trainer, loader, validation, number):
     """Train for one epoch; its row of the history, a dict. Raises UserError when the loss is not finite."""
     start = time.perf_counter()
     trainer.model.train()
-    batches = tqdm(loader, f"  epoch {number}", delay=10, leave=False)  # shown when it takes more than 10 s
+    # One iterator and no other, which tqdm would make: each draws from the generator.
+    batches = tqdm(iter(loader), f"  epoch {number}", len(loader), delay=10, leave=False)
     loss, accuracy = np.mean([trainer.step(batch) for batch in batches], axis=0).tolist()
     if not math.isfinite(loss):
         raise UserError(f"the training loss is {loss} in epoch {number}: lower "

@@ -6105,6 +6105,26 @@ def test_whoever_has_nothing_is_told_so_before_anything_is_loaded():
     assert done.stderr.count("\n") == 1
 
 
+def test_an_epoch_draws_what_one_pass_over_training_and_one_over_validation_draw(demo):
+    """Whatever else draws from the generator changes what a seed means."""
+    cfg, clips = demo
+    states = []
+    for by_hand in (False, True):
+        torch.manual_seed(0)
+        model = er.TextRNN.start({"classes": 8, "dropout": 0.4}, clips, cfg, {})
+        dataset = er.ClipDataset(clips[:64], model, cfg, "cpu", augment=True)
+        loader, trainer = er.batches_of(dataset, 32, shuffle=True), er.Trainer(model, cfg, 10, "cpu")
+        if by_hand:
+            model.train()
+            for batch in loader:
+                trainer.step(batch)
+            er.logits_of(trainer.average, dataset)
+        else:
+            er.fit_epoch(trainer, loader, dataset, 1)
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)
+
+
 def test_a_long_epoch_shows_where_it_is_and_a_short_one_does_not(worded, unpublished, undrawn, monkeypatch,
                                                                capsys):
     er.main([*worded, "--seed", "1"])
@@ -6112,10 +6132,10 @@ def test_a_long_epoch_shows_where_it_is_and_a_short_one_does_not(worded, unpubli
 
     bar = er.tqdm
 
-    def at_once(items, title, delay, **options):
+    def at_once(items, title, total, delay, **options):
         """The bar as if the ten seconds were over."""
         assert delay == 10
-        return bar(items, title, mininterval=0, **options)
+        return bar(items, title, total, mininterval=0, **options)
 
     monkeypatch.setattr(er, "tqdm", at_once)
     er.main([*worded, "--seed", "2"])
