@@ -238,6 +238,11 @@ def read_number(key, text):
     return value
 
 
+def source_code():
+    """The text of this file; "" in a notebook, which has none."""
+    return Path(__file__).read_text(encoding="utf-8") if "__file__" in globals() else ""
+
+
 def make_parser():
     """The command line: a flag per constant; the comments of the constants are its groups and help texts."""
     flags = [flag_of(name, True) for name in SETTINGS]
@@ -261,8 +266,7 @@ def make_parser():
     parser.error = stop
 
     # A notebook has no file, so its flags have no help.
-    source = Path(__file__).read_text(encoding="utf-8") if "__file__" in globals() else ""
-    lines, *_ = source.partition("# fmt: off")[2].partition("# fmt: on")
+    lines, *_ = source_code().partition("# fmt: off")[2].partition("# fmt: on")
     found = re.findall("^# (.+)|^([A-Z_]+) = [^#\n]*(?:# (.+))?", lines, re.MULTILINE)
     group = parser
     for heading, name, text in found or [("", name, "") for name in SETTINGS]:
@@ -1935,52 +1939,45 @@ def fingerprint_of(cfg, name, clips):
     return fingerprint | {"code": code_of(name)}
 
 
-def code_of(name):
-    """A key of the code that the training of a system depends on: its class, the trainer, its features."""
-    roots = [SYSTEMS[name].kind.__name__, "train", "infer"]
-    if inputs_of(name) & SOUND:
-        roots.append("load_clip")
-    return code_digest(*roots)
+class WithoutDocstrings(ast.NodeTransformer):
+    """Takes the docstrings out of syntax trees; comments are in no tree at all."""
+
+    def visit_Expr(self, node):
+        """The statement, or None for a text that stands alone."""
+        return None if isinstance(node.value, ast.Constant) else node
 
 
 @functools.cache
 def definitions():
     """The top-level definitions of this file as syntax trees by name; {} in a notebook, which has no file."""
     found = {}
-    source = Path(__file__).read_text(encoding="utf-8") if "__file__" in globals() else ""
-    for node in ast.parse(source).body:
-        targets = [part.id for part in getattr(node, "targets", ()) if isinstance(part, ast.Name)]
-        found |= dict.fromkeys([getattr(node, "name", ""), *targets], node)
+    for node in WithoutDocstrings().visit(ast.parse(source_code())).body:
+        defined = getattr(node, "targets", [node])[0]
+        found[getattr(defined, "id", getattr(defined, "name", ""))] = node
     return found
 
 
 @functools.cache
-def code_digest(*roots):
-    """A key of all code that some definitions lead to by name, without docstrings; "" in a notebook.
+def code_of(name):
+    """A key of the code that the training of a system depends on, without docstrings; "" in a notebook.
 
-    Only what stands between `Corpus` and `SYSTEMS` is followed: what is above and below finds files, draws
-    and reports. So an edited plot changes no training, and an edited mel filter changes all that hear.
+    That is its class, the trainer, its features, and what these lead to by name, as long as it stands between
+    `Corpus` and `SYSTEMS`: what is above and below finds files, draws and reports. So an edited plot changes
+    no training, and an edited mel filter changes all that hear.
     """
+    todo, seen = [SYSTEMS[name].kind.__name__, "train", "infer"], {}
+    if inputs_of(name) & SOUND:
+        todo.append("load_clip")
     # The order of the file is the border: science stands between two landmarks.
-    names, todo, seen = list(definitions()), list(roots), {}
+    names = list(definitions())
     science = names[names.index("Corpus"):names.index("SYSTEMS")] if names else []
     while todo:
-        name = todo.pop()
-        if name in science and name not in seen:
-            tree = without_docstrings(definitions()[name])
-            seen[name] = ast.dump(tree)
+        definition = todo.pop()
+        if definition in science and definition not in seen:
+            tree = definitions()[definition]
+            seen[definition] = ast.dump(tree)
             todo += [node.id for node in ast.walk(tree) if isinstance(node, ast.Name)]
     return digest(seen) if seen else ""
-
-
-def without_docstrings(tree):
-    """A copy of a syntax tree without its docstrings."""
-    # A docstring is an expression at the beginning of a body; comments are in no tree at all.
-    tree = copy.deepcopy(tree)
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node) is not None:
-            node.body = node.body[1:] or [ast.Pass()]
-    return tree
 
 
 def stale_because(cfg, name, clips, ending="_best.pth"):
@@ -2003,14 +2000,12 @@ def take_back(cfg, name, clips):
     """Whether the checkpoint that the last training replaced is what is asked for; it then changes places."""
     if stale_because(cfg, name, clips, PREVIOUS):
         return False
-    path, previous = file_of(cfg, name), file_of(cfg, name, PREVIOUS)
     # Killed in between, what was asked for is still found.
+    path, previous = file_of(cfg, name), file_of(cfg, name, PREVIOUS)
     aside = path.with_suffix(".aside.pth")
-    with contextlib.suppress(FileNotFoundError):
-        path.replace(aside)
-    previous.replace(path)
-    with contextlib.suppress(FileNotFoundError):
-        aside.replace(previous)
+    for old, new in ((path, aside), (previous, path), (aside, previous)):
+        if old.exists():
+            old.replace(new)
     return True
 
 

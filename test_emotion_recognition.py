@@ -2020,7 +2020,7 @@ def test_all_that_runs_while_a_model_is_trained_counts_as_its_code(name, demo, m
 
     run = science_run_by(training)
     assert run >= {"train", "fit", "Trainer", kind.__name__}
-    monkeypatch.setattr(er, "code_digest", er.code_digest.__wrapped__)  # which remembers nothing
+    monkeypatch.setattr(er, "code_of", er.code_of.__wrapped__)  # which remembers nothing
     before = er.code_of(name)
     nodes = dict(er.definitions())
     monkeypatch.setattr(er, "definitions", lambda: nodes)
@@ -2493,7 +2493,7 @@ def paired(finished):
 @pytest.fixture
 def edited(monkeypatch):
     """The code that trainings depend on is not that of the finished demo."""
-    monkeypatch.setattr(er, "code_digest", lambda *roots: "edited")
+    monkeypatch.setattr(er, "code_of", lambda name: "edited")
 
 
 def test_a_run_leaves_everything_that_it_should_and_nothing_else(output):
@@ -2844,7 +2844,7 @@ def test_models_of_other_code_are_kept_if_asked_and_every_page_says_so(
 
 def test_without_source_edits_are_not_noticed_and_the_plan_says_so(
         worded, trained, unpublished, undrawn, monkeypatch, capsys):
-    monkeypatch.setattr(er, "code_digest", lambda *roots: "")
+    monkeypatch.setattr(er, "code_of", lambda name: "")
     monkeypatch.setattr(er, "definitions", dict)
     er.main(worded)
     assert trained == []
