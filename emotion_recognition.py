@@ -2234,16 +2234,17 @@ GROUPS = (), ("fold", "seed"), ("actor",), ("sex",), ("intensity",), ("emotion",
 
 
 @functools.lru_cache(maxsize=16)
-def figures_of(results, *by, split=""):
-    """The figures of every system and split, or of the groups that the columns `by` make: a row each.
-
-    Of one split when it is named.
-    """
+def figures_of(results, *by):
+    """The figures of every system and split, or of the groups that the columns `by` make: a row each."""
     keys = ["system", "split", *by]
     groups = results.predictions.groupby(keys, sort=False)
     figures = pd.DataFrame.from_dict({key: score(part, results.classes) for key, part in groups}, "index")
-    figures = figures.rename_axis(keys)
-    return figures.xs(split, level="split") if split else figures
+    return figures.rename_axis(keys)
+
+
+def test_uar(results, *by):
+    """The UAR on the test split of every system, or of groups as in `figures_of`: a Series."""
+    return figures_of(results, *by)["uar"].xs("test", level="split")
 
 
 def all_figures(results):
@@ -2364,7 +2365,7 @@ def summarize(results):
     figures = figures_of(results)
     train, validation, test = (figures.query("split == @split").droplevel("split") for split in SPLITS)
     # The headline is the mean of the runs, the interval that of the pooled predictions.
-    by_run = figures_of(results, "fold", "seed", split="test")["uar"]
+    by_run = test_uar(results, "fold", "seed")
     unseen = results.test[results.test["actor"].isin(results.config["unseen_actors"])]
     draws = bootstrap(results)
     summary = pd.DataFrame({
@@ -2386,7 +2387,7 @@ def paired_differences(results):
 
     The interval is that of the paired bootstrap.
     """
-    draws, uar, rows = bootstrap(results), figures_of(results, split="test")["uar"], []
+    draws, uar, rows = bootstrap(results), test_uar(results), []
     for first, second in itertools.combinations(draws, 2):
         low, high = (draws[first] - draws[second]).quantile([0.025, 0.975])
         rows.append((first, second, uar[first] - uar[second], low, high))
@@ -2621,8 +2622,8 @@ def plot_comparison(results):
     axis = summary["uar"].plot.barh(xerr=np.clip(ends, 0, 100), color="lightsteelblue", xlim=(0, 101),
                                     figsize=(9.5, 1.5 + 0.35 * len(summary)), label="test, 95 % interval")
     axis.plot(summary["validation_uar"], summary.index, "|", markersize=12, label="validation")
-    by_run = figures_of(results, "fold", "seed", split="test").rename(results.titles, level="system")
-    axis.plot(100 * by_run["uar"], by_run.index.get_level_values("system"), "k.", label="each run")
+    by_run = test_uar(results, "fold", "seed").rename(results.titles, level="system")
+    axis.plot(100 * by_run, by_run.index.get_level_values("system"), "k.", label="each run")
     axis.axvline(100 / len(results.classes), color="firebrick", linestyle="--", label="chance")
     axis.set(title="UAR in %", ylabel="")
     axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
@@ -2663,7 +2664,7 @@ def plot_grid(values, texts, title, results, name):
 
 def uar_by(results, by):
     """Test UAR in % of every system (rows) in the groups of a column (columns); of `emotion` its recall."""
-    figures = 100 * figures_of(results, by, split="test")["uar"].unstack(by)
+    figures = 100 * test_uar(results, by).unstack(by)
     return figures.loc[results.test["system"].unique()].rename(results.titles)
 
 
@@ -3120,32 +3121,33 @@ def describe_corpus(corpus, source):
     """What was found, used and left out, as a list of sentences; left_out.csv has the rest."""
     clips, left_out = corpus.clips, corpus.left_out
     # Files that are no clips are counted by kind, damaged clips are named.
-    broken = left_out[~left_out["reason"].isin(PASSED_OVER)]
-    kinds = left_out["reason"].where(left_out["reason"].isin(PASSED_OVER), "unusable").value_counts()
-    same = clips[clips.duplicated("digest", keep=False)].groupby("digest")["clip"].apply(list).tolist()
-    actors = clips["actor"].value_counts().sort_index()
-    unnamed = "" in actors
-    speakers = f" of {len(actors)} actors" * (not unnamed)
-    sentences = [
+    kinds = left_out["reason"].where(left_out["reason"].isin(PASSED_OVER), "unusable")
+    broken = left_out[kinds == "unusable"]
+    unnamed = "" in set(clips["actor"])
+    speakers = f" of {clips['actor'].nunique()} actors" * (not unnamed)
+    sentences = holding({
         f"{len(clips) + len(left_out)} files in {source}: {len(clips)} clips{speakers} are used; left out: "
-        f"{counted(kinds) or 'none'} (left_out.csv).",
-        f"Clips per emotion: {counted(clips['emotion'].value_counts(sort=False))}.",
-        f"Clips per actor: {counted(actors)}."]
-    if unnamed:
-        sentences[-1] = "No speakers are named: intervals draw single clips, which makes them too narrow."
+        f"{counted(kinds)} (left_out.csv).": True,
+        f"Clips per emotion: {counted(clips['emotion'])}.": True,
+        f"Clips per actor: {counted(clips['actor'])}.": not unnamed,
+        "No speakers are named: splits may share voices, which flatters, and intervals draw single clips, "
+        "which makes them too narrow.": unnamed})
+
     if "statement" in clips:
         sentences.append(missing_clips(clips))
-    if same:
-        more = f" and {len(same[0]) - 4} more" * (len(same[0]) > 4)
-        sentences.append(f"Same bytes under several names, {len(same)} times, the first: "
-                         f"{' = '.join(same[0][:4])}{more}.")
+    same = clips[clips.duplicated("digest", keep=False)].groupby("digest")["clip"].agg(list)
+    for first, second, *more in same[:1]:
+        others = f" and {len(more)} more" * bool(more)
+        sentences.append(f"Same bytes under several names, {len(same)} times, the first: {first} = {second}"
+                         f"{others}.")
     sentences += [f"Left out: {line.path}: {line.reason}." for line in broken[:10].itertuples()]
     return sentences + holding({f"Left out: {len(broken) - 10} more, see left_out.csv.": len(broken) > 10})
 
 
-def counted(counts):
-    """Counts (Series) as text: happy 12, sad 14."""
-    return ", ".join(f"{name} {n}" for name, n in counts.items())
+def counted(column):
+    """How often each value of a column occurs, as text: happy 12, sad 14."""
+    sizes = column.groupby(column, observed=True).size()
+    return ", ".join(f"{value} {n}" for value, n in sizes.items()) or "none"
 
 
 def missing_clips(clips):
@@ -3167,20 +3169,19 @@ def title_of_split(corpus, run):
 
 def describe_split(clips, corpus, run):
     """The clips and actors of each split, and how many actors stand in several, as one sentence."""
-    texts, unnamed = [], (clips["actor"] == "").all()
-    for split, part in clips.groupby(pd.Categorical(clips["split"], SPLITS), observed=True):
-        actors = " ".join(map(str, sorted(part["actor"].unique())))
-        texts.append(f"{split} {len(part)} clips" + f" of actors {actors}" * (not unnamed))
-        if run.sentence_noise and "sentence_emotion" in part:
-            share = (part["emotion"] != part["sentence_emotion"]).mean()
-            texts[-1] += (f", {share:.1%} with a sentence of another emotion "
-                          f"({run.sentence_noise:.1%} dealt anew)")
+    texts, named = [], clips[clips["actor"] != ""]
+    for split in SPLITS:
+        actors = sorted(named.loc[named["split"] == split, "actor"].unique())
+        who = f" of actors {' '.join(map(str, actors))}" * bool(actors)
+        texts.append(f"{split} {sum(clips['split'] == split)} clips{who}")
 
-    shared = (clips.groupby("actor")["split"].nunique() > 1).sum()
+    shared = sum(named.groupby("actor")["split"].nunique() > 1)
+    other = clips["emotion"] != clips.get("sentence_emotion", clips["emotion"])
     left = len(corpus.clips) - len(clips)
     texts += holding({
-        "no speakers are named, so that splits may share voices, which flatters": unnamed,
-        f"{shared} actors stand in several splits": shared and not unnamed,
+        f"{shared} actors stand in several splits": shared,
+        f"{other.mean():.1%} of the clips with a sentence of another emotion ({run.sentence_noise:.1%} dealt anew)":
+            run.sentence_noise and other.any(),
         f"{left} clips are left out, since their bytes occur in an earlier split": left})
     return f"{title_of_split(corpus, run)}: {'; '.join(texts)}."
 
@@ -3385,7 +3386,8 @@ def evaluate_phase(cfg):
     whole = read_corpus(work)
     corpus = shared_emotions(whole, predictor.classes, cfg)
     shared = classes_of(corpus.clips)
-    unknown = counted(whole.clips["emotion"].value_counts(sort=False).drop(shared)) or "none"
+    emotions = whole.clips["emotion"]
+    unknown = counted(emotions[~emotions.isin(shared)])
     audit = [*describe_corpus(whole, cfg.manifest),
              f"Emotions compared: {', '.join(shared)}. Clips left out, unknown to the models: {unknown}."]
     print(*audit, sep="\n")
