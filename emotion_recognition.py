@@ -243,18 +243,19 @@ def source_code():
     return Path(__file__).read_text(encoding="utf-8") if "__file__" in globals() else ""
 
 
+def usage_error(message):
+    """Raise a UserError in place of argparse's SystemExit, which would end a notebook's cell in a dump."""
+    flags = [flag_of(name, True) for name in SETTINGS]
+    typed, *_ = [*re.findall(r"(?<!\S)--?[\w-]+", message), ""]
+    meant, *_ = [*difflib.get_close_matches(typed.lower(), flags, 1, 0.7), typed]
+    hint = "--help lists every flag"
+    if meant != typed:
+        hint = f"did you mean {meant}?"
+    raise UserError(f"{message} ({hint})")
+
+
 def make_parser():
     """The command line: a flag per constant; the comments of the constants are its groups and help texts."""
-    flags = [flag_of(name, True) for name in SETTINGS]
-
-    def stop(message):
-        """In place of a SystemExit, so that a notebook cell survives a mistyped flag."""
-        hint = "--help lists every flag"
-        for word in re.findall(r"(?<!\S)--?[\w-]+", message)[:1]:
-            close = difflib.get_close_matches(word.lower(), flags, 1, 0.7)
-            hint = " ".join(f"did you mean {flag}?" for flag in close if flag != word) or hint
-        raise UserError(f"{message} ({hint})")
-
     examples = re.findall("^    (python .+)", __doc__ or "", re.MULTILINE)
     parser = argparse.ArgumentParser(
         prog="emotion_recognition.py", usage="python %(prog)s [flags]", allow_abbrev=False,
@@ -262,11 +263,10 @@ def make_parser():
         formatter_class=argparse.RawDescriptionHelpFormatter, epilog="\n".join(["examples:", *examples]),
         description="Speech emotion recognition on RAVDESS: sound, words, and both.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    # argparse would end the process, and with it a notebook's cell in a dump of SystemExit.
-    parser.error = stop
+    parser.error = usage_error
 
     # A notebook has no file, so its flags have no help.
-    lines, *_ = source_code().partition("# fmt: off")[2].partition("# fmt: on")
+    _, lines, *_ = [*re.split("# fmt: o[nf]+", source_code()), ""]
     found = re.findall("^# (.+)|^([A-Z_]+) = [^#\n]*(?:# (.+))?", lines, re.MULTILINE)
     group = parser
     for heading, name, text in found or [("", name, "") for name in SETTINGS]:
@@ -297,8 +297,9 @@ def parse_settings(argv=None):
         fewer = {key: min(values[key], DEMO_SETTINGS[key]) for key in ("epochs_cnn", "epochs_fusion")}
         values |= DEMO_SETTINGS | fewer
         folder = Path((values | given)["output_dir"])
-        parts = [part for part in folder.parts if not part.startswith("fold_")]  # of one of several runs
-        given |= {"output_dir": str(folder if parts[-1:] == ["demo"] else folder / "demo")}
+        # Once, also where one of several runs is named.
+        if not (folder.match("demo") or folder.match("demo/fold_*")):
+            given["output_dir"] = str(folder / "demo")
 
     cfg = Settings(**values | given, given=tuple(given))
     cfg = cfg._replace(folds=",".join(names_in(cfg.folds)), run_models=",".join(names_in(cfg.run_models)))
@@ -3177,11 +3178,11 @@ def describe_split(clips, corpus, run):
 
     shared = sum(named.groupby("actor")["split"].nunique() > 1)
     other = clips["emotion"] != clips.get("sentence_emotion", clips["emotion"])
+    noise = f"{run.sentence_noise:.1%} dealt anew"
     left = len(corpus.clips) - len(clips)
     texts += holding({
         f"{shared} actors stand in several splits": shared,
-        f"{other.mean():.1%} of the clips with a sentence of another emotion ({run.sentence_noise:.1%} dealt anew)":
-            run.sentence_noise and other.any(),
+        f"{other.mean():.1%} of the clips with a sentence of another emotion ({noise})": other.any(),
         f"{left} clips are left out, since their bytes occur in an earlier split": left})
     return f"{title_of_split(corpus, run)}: {'; '.join(texts)}."
 
