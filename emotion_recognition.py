@@ -2063,7 +2063,7 @@ def calibrate(checkpoints, cfg):
     for name, system in SYSTEMS.items():
         if name in log_probs:
             logits = mean_of_views(log_probs[name], cfg)
-            calibration[name] = fit_temperature(logits, torch.from_numpy(labels))
+            calibration[name] = fit_temperature(logits, labels)
         elif system.kind is weighted and set(system.parts) <= set(log_probs):
             answers = predict(log_probs, windows, calibration, cfg)
             logs = np.log(np.stack([answers[part] for part in system.parts]).clip(1e-7))
@@ -2107,6 +2107,7 @@ def fit_temperature(logits, labels):
     """The temperature that minimises the NLL of softmax(logits / temperature) (Guo et al. 2017)."""
     # A grid is as good as a search here, and the same on every machine.
     grid = np.geomspace(0.5, 12, 300).tolist()  # a validation split without a mistake would ask for 0
+    logits, labels = torch.as_tensor(logits), torch.as_tensor(labels)
     return min(grid, key=lambda temperature: float(F.cross_entropy(logits / temperature, labels)))
 
 
@@ -2148,16 +2149,15 @@ def predictions_table(answers, clips, classes, **run):
 
 def with_ensembles(table, classes):
     """The predictions of all runs, and of an ensemble of the seeds of each fold, calibrated on validation."""
-    tables, ensembles = [table], [name for name, system in SYSTEMS.items() if system.kind is ensemble]
-    for name in ensembles:
+    tables = [table]
+    for name in (name for name, system in SYSTEMS.items() if system.kind is ensemble):
         for fold, seeds in table[table["system"].isin(SYSTEMS[name].parts)].groupby("fold"):
-            clips = seeds.drop_duplicates("clip")
-            if len(seeds) == len(clips):
+            if seeds["seed"].nunique() == 1:
                 continue
+            clips = seeds.drop_duplicates("clip")
             logs = np.log(seeds[classes].clip(1e-7)).groupby(seeds["clip"], sort=False).mean().to_numpy()
             held_out = (clips["split"] == "validation").to_numpy()
-            labels = torch.from_numpy(labels_of(clips["emotion"], classes)[held_out])
-            temperature = fit_temperature(torch.from_numpy(logs[held_out]), labels)
+            temperature = fit_temperature(logs[held_out], labels_of(clips["emotion"], classes)[held_out])
             answers = {name: ensemble(logs, temperature)}
             tables.append(predictions_table(answers, clips, classes, fold=fold, seed=seeds["seed"].min()))
     return pd.concat(tables, ignore_index=True)
@@ -3283,34 +3283,29 @@ def not_run(answered, cfg, corpus):
     return reasons
 
 
-def write_results(cfg, corpus, table, histories, caveats, calibration, encoder, audit, command):
-    """Write the results of a run or of an evaluation, then show them."""
+def write_results(cfg, corpus, table, histories, **facts):
+    """Write the results of a run or of an evaluation and facts about its models, then show them."""
     words = corpus.words == "simulated"
     missing = not_run(set(table["system"]), cfg, corpus)
     titles = {name: system.title + " (oracle text)" * (words and reads_words(name))
               for name, system in SYSTEMS.items() if name in {*table["system"], *missing}}
     save_results(cfg.output_dir, {
         "corpus": corpus.name,
-        "command": command,
         "settings": cfg._asdict(),
         "versions": versions(),
-        "caveats": list(dict.fromkeys(caveats)),
         "classes": classes_of(corpus.clips),
         "titles": titles,
         "oracles": [name for name in titles if words and reads_words(name)],
         "unseen_actors": unseen_actors(corpus.clips) if corpus.split == "speaker" else [],
         "not_run": missing,
-        "calibration": calibration,
-        "encoder": encoder,
-        "audit": audit,
+        **facts,
     }, predictions=table, histories=histories)
-    publish(cfg.output_dir)
-
-
-def publish(folder):
-    """Tables on the console, metrics.json, plots and report of the results in a folder. Raises UserError."""
     # What was written is read back, so that a report made later has the same figures to the last digit.
-    results = read_results(folder)
+    publish(read_results(cfg.output_dir))
+
+
+def publish(results):
+    """Tables on the console, metrics.json, plots and report of Results. Raises UserError."""
     save(results.folder / "metrics.json", all_figures(results))
     caveats = "; ".join(results.config["caveats"]) or "unseen speakers"
     print(f"\n{results.config['corpus']} ({caveats})\n{table_of(results).to_string(index=False)}", flush=True)
@@ -3340,11 +3335,11 @@ def train_phase(cfg):
     if not has_docx():
         print(f"The .docx will be left out: {DOCX_ADVICE}")
     trained = {run: train_run(run, names, clips, corpus, device) for run, clips in clips_of.items()}
-    write_results(cfg, corpus, *results_of(trained, clips_of), audit, command_of(cfg))
+    write_results(cfg, corpus, **results_of(trained, clips_of), audit=audit, command=command_of(cfg))
 
 
 def results_of(trained, clips_of):
-    """(table of predictions, histories, caveats, calibration by run, key of the encoder) of trained runs."""
+    """The table of predictions, histories, caveats, calibration by run and key of the encoder of runs."""
     # A system that some run lacks would be compared on other clips than the others.
     everywhere = set.intersection(*map(set, trained.values()))
     tables, histories, calibration, caveats = [], [], {}, []
@@ -3359,45 +3354,45 @@ def results_of(trained, clips_of):
         tables.append(predictions_table(answers, clips, classes_of(clips), **key))
         for name, checkpoint in checkpoints.items():
             histories.append(pd.DataFrame(checkpoint.history).assign(system=name, **key))
-    table = with_ensembles(pd.concat(tables, ignore_index=True), classes_of(clips))
-    return table, pd.concat(histories), caveats, calibration, encoder_of(checkpoints)
+    return {
+        "table": with_ensembles(pd.concat(tables, ignore_index=True), classes_of(clips)),
+        "histories": pd.concat(histories),
+        "caveats": list(dict.fromkeys(caveats)),
+        "calibration": calibration,
+        "encoder": encoder_of(checkpoints)}
 
 
 def report_phase(cfg):
     """Tables, plots and report again from the results in OUTPUT_DIR, without models and corpus."""
-    config, path = read_results(cfg.output_dir).config, Path(cfg.output_dir, "config.json")
+    results, path = read_results(cfg.output_dir), Path(cfg.output_dir, "config.json")
+    config = results.config
     refuse_contradictions(cfg, config["settings"], config["encoder"], path)
     audit = saved_in(cfg.output_dir, "audit", config["audit"], "audit.json")
     refuse({f"{path} is not of the data beside it, audit.json: make it again with --phase all":
             audit != config["audit"]})
-    publish(cfg.output_dir)
+    publish(results)
 
 
 def evaluate_phase(cfg):
     """Score the models of OUTPUT_DIR, as they were trained, on another corpus; into a folder of its own."""
     predictor = Predictor(cfg.output_dir, cfg.device, cfg.test_views)
-    encoder = encoder_of(predictor.checkpoints)
-    flags = cfg._replace(given=[key for key in cfg.given if key != "manifest"])
-    refuse_contradictions(flags, predictor.cfg._asdict(), encoder, cfg.output_dir)
+    encoder, saved = encoder_of(predictor.checkpoints), predictor.cfg._replace(manifest=cfg.manifest)
+    refuse_contradictions(cfg, saved._asdict(), encoder, cfg.output_dir)
     # The features are those of the training, the corpus is another one.
-    work = predictor.cfg._replace(
-        phase="evaluate", manifest=cfg.manifest, output_dir=evaluation_folder(cfg), given=cfg.given,
-        split="speaker", folds="0", runs=1, demo=False, fusion="both", use_simulated_sentences=False,
-        leave_out="")
+    work = saved._replace(
+        phase="evaluate", output_dir=evaluation_folder(cfg), given=cfg.given, split="speaker", folds="0",
+        runs=1, demo=False, fusion="both", use_simulated_sentences=False, leave_out="")
     whole = read_corpus(work)
     corpus = shared_emotions(whole, predictor.classes, cfg)
-    shared = classes_of(corpus.clips)
-    emotions = whole.clips["emotion"]
-    unknown = counted(emotions[~emotions.isin(shared)])
+    classes, emotions = classes_of(corpus.clips), whole.clips["emotion"]
+    unknown = counted(emotions[~emotions.isin(classes)])
     audit = [*describe_corpus(whole, cfg.manifest),
-             f"Emotions compared: {', '.join(shared)}. Clips left out, unknown to the models: {unknown}."]
+             f"Emotions compared: {', '.join(classes)}. Clips left out, unknown to the models: {unknown}."]
     print(*audit, sep="\n")
     save_table(Path(work.output_dir, "left_out.csv"), whole.left_out, predictor.caveats)
-    caveats = [f"models of {cfg.output_dir} on another corpus", *known_clips(corpus.clips, predictor)]
-    caveats += [f"in training: {caveat}" for caveat in predictor.caveats]
-    histories, calibration = pd.DataFrame(columns=["system"]), {"training": predictor.calibration}
-    write_results(work, corpus, elsewhere(predictor, corpus), histories, caveats, calibration, encoder, audit,
-                  command_of(cfg))
+    write_results(work, corpus, elsewhere(predictor, corpus), pd.DataFrame(columns=["system"]),
+                  caveats=caveats_elsewhere(predictor, corpus, cfg), encoder=encoder, audit=audit,
+                  calibration={"training": predictor.calibration}, command=command_of(cfg))
 
 
 def evaluation_folder(cfg):
@@ -3409,25 +3404,6 @@ def evaluation_folder(cfg):
     return str(folder)
 
 
-def elsewhere(predictor, corpus):
-    """The predictions of trained models on another corpus, over the emotions that both know."""
-    clips, classes = corpus.clips, classes_of(corpus.clips)
-    places = [predictor.classes.index(emotion) for emotion in classes]
-    answers = predictor.ask(windows_of(clips, predictor.cfg), corpus.has_words)
-    for name in answers:
-        shares = answers[name][:, places].clip(1e-7)
-        answers[name] = shares / shares.sum(axis=1, keepdims=True)
-    return predictions_table(answers, clips, classes, fold=0, seed=0)
-
-
-def known_clips(clips, predictor):
-    """A caveat in a list when some clips were trained or validated on, by their bytes."""
-    windows = pd.DataFrame(predictor.checkpoints[predictor.first].windows).query("split != 'test'")
-    known = clips["digest"].isin(windows["digest"]).sum()
-    caveat = f"{known} of these {len(clips)} clips are known from training: the figures flatter"
-    return holding({caveat: known})
-
-
 def shared_emotions(corpus, classes, cfg):
     """A corpus without the clips whose emotion is none of `classes`, all of it test. Raises UserError."""
     shared = [emotion for emotion in classes if emotion in classes_of(corpus.clips)]
@@ -3436,6 +3412,25 @@ def shared_emotions(corpus, classes, cfg):
     clips = of_emotions(corpus.clips, shared).assign(split="test")
     words = "manifest" if "transcript" in clips else f"{cfg.manifest} has no column transcript"
     return replace(corpus, clips=clips, words=words, split="manifest")
+
+
+def caveats_elsewhere(predictor, corpus, cfg):
+    """What every page must say of trained models on another corpus, also which clips they know, by bytes."""
+    windows = pd.DataFrame(predictor.checkpoints[predictor.first].windows).query("split != 'test'")
+    known = sum(corpus.clips["digest"].isin(windows["digest"]))
+    caveats = holding({
+        f"models of {cfg.output_dir} on another corpus": True,
+        f"{known} of these {len(corpus.clips)} clips are known from training: the figures flatter": known})
+    return caveats + [f"in training: {caveat}" for caveat in predictor.caveats]
+
+
+def elsewhere(predictor, corpus):
+    """The predictions of trained models on another corpus, over the emotions that both know."""
+    answers = predictor.ask(windows_of(corpus.clips, predictor.cfg), corpus.has_words)
+    table = predictions_table(answers, corpus.clips, predictor.classes, fold=0, seed=0)
+    shares = table[classes_of(corpus.clips)].clip(1e-7)
+    shares = shares.div(shares.sum(axis=1), axis=0)
+    return table.drop(columns=predictor.classes).assign(predicted=shares.idxmax(axis=1)).join(shares)
 
 
 @contextlib.contextmanager

@@ -2276,7 +2276,7 @@ def test_attention_reads_the_other_modality_step_by_step_and_nothing_masked():
     ("attention", ["Attention fusion, RNN"]),
     ("both", ["Early fusion, RNN", "Attention fusion, RNN"])])
 def test_fusion_decides_what_is_planned(kind, expected, copied, trained, monkeypatch, capsys):
-    monkeypatch.setattr(er, "publish", lambda folder: None)
+    monkeypatch.setattr(er, "publish", lambda results: None)
     er.main([*DEMO, "--fusion", kind, "--run-models", "cnn,fusion_rnn"])
     printed = capsys.readouterr().out
     plan = re.findall(r"^  (\w.*?)  +used again$", printed, re.MULTILINE)
