@@ -2080,7 +2080,7 @@ def predict(log_probs, windows, calibration, cfg):
     """
     answers = {}
     for name, system in SYSTEMS.items():
-        decided = name in calibration or system.kind not in (weighted, ensemble)
+        decided = name in calibration or system.kind is mean_of
         if name in log_probs:
             logits = mean_of_views(log_probs[name], cfg) / calibration[name]
             answers[name] = pool_windows(logits.softmax(dim=1).numpy(), windows)
@@ -2282,9 +2282,9 @@ def score(table, classes):
 
 
 def confusion(table, classes):
-    """How often each emotion (rows) was taken for each (columns) in predictions: counts (C, C)."""
-    from sklearn.metrics import confusion_matrix  # here, since it is slow to import
-    return confusion_matrix(table["emotion"], table["predicted"], labels=classes)
+    """How often each emotion (rows) was taken for each (columns) in predictions: a table of counts."""
+    counts = pd.crosstab(table["emotion"], table["predicted"])
+    return counts.reindex(index=classes, columns=classes, fill_value=0)
 
 
 def reliability(table, classes, bins=15):
@@ -2507,7 +2507,7 @@ def versions():
 
 def command_of(cfg):
     """The command line that repeats a run."""
-    flags = [flag_of(key, value) for key, value in cfg._asdict().items() if key in cfg.given]
+    flags = [flag_of(key, getattr(cfg, key)) for key in cfg.given]
     return shlex.join(["python", "emotion_recognition.py", *flags])
 
 
@@ -2647,7 +2647,7 @@ def plot_reliability(results):
 def plot_confusions(results):
     """The test confusion matrix of each system, in % of the true emotion, with counts: a file each."""
     for name, part in results.test.groupby("system", sort=False):
-        counts = pd.DataFrame(confusion(part, results.classes), results.classes, results.classes)
+        counts = confusion(part, results.classes)
         percent = 100 * counts.div(counts.sum(axis=1).clip(lower=1), axis=0)
         texts = percent.map("{:.0f}\n".format) + counts.map("({})".format)
         title = f"{results.titles[name]}: true (rows), predicted (columns), % (clips), UAR {uar_of(part):.1%}"
@@ -3259,10 +3259,8 @@ def plan_of(run, name, clips, reasons):
     """(why a system is trained, "" if not; what the plan says of it); `reasons` has those of its parts."""
     checkpoint, state = file_of(run, name), file_of(run, name, "_training.pth")
     parts = [f"{SYSTEMS[part].title} will be" for part in SYSTEMS[name].parts if reasons.get(part)]
-    reason = stale_because(run, name, clips)
-    if parts and checkpoint.exists():
-        reason = ", ".join(parts)
-    elif reason and take_back(run, name, clips):
+    reason = ", ".join(parts) or stale_because(run, name, clips)
+    if reason and not parts and take_back(run, name, clips):
         return "", "taken back, the training that replaced it is kept"
     if reason:
         return reason, f"is trained ({reason})"

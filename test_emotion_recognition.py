@@ -1395,9 +1395,10 @@ def test_every_score_of_a_counted_case():
     })
 
     counts = er.confusion(table, er.EMOTIONS)
-    assert counts.sum() == 9
-    assert counts[0].tolist() == [1, 1, 0, 0, 0, 0, 0, 0]
-    assert counts[7].tolist() == [0, 0, 0, 0, 0, 0, 1, 0]
+    assert list(counts.index) == list(counts.columns) == er.EMOTIONS
+    assert counts.to_numpy().sum() == 9
+    assert counts.loc["neutral"].tolist() == [1, 1, 0, 0, 0, 0, 0, 0]
+    assert counts.loc["surprised"].tolist() == [0, 0, 0, 0, 0, 0, 1, 0]
 
 
 def test_an_impossible_answer_costs_no_infinite_loss():
@@ -3456,8 +3457,8 @@ def test_scores_are_of_the_emotions_that_occur():
 def test_a_confusion_matrix_has_a_row_per_true_emotion():
     counts = er.confusion(counted_case(), er.EMOTIONS)
     assert counts.shape == (8, 8)
-    assert list(counts[7]) == [0, 0, 0, 0, 0, 0, 1, 0]
-    assert list(counts[0]) == [1, 1, 0, 0, 0, 0, 0, 0]
+    assert list(counts.loc["surprised"]) == [0, 0, 0, 0, 0, 0, 1, 0]
+    assert list(counts.loc["neutral"]) == [1, 1, 0, 0, 0, 0, 0, 0]
 
 
 def ece_if_perfect(*tables):
