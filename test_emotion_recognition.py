@@ -1851,9 +1851,9 @@ def test_each_model_has_its_own_epochs_and_learning_rate(key, suffix, demo):
     if suffix in EVERY:
         names = [suffix]
     key = f"{key}_{suffix}"
-    changed = cfg._replace(**{key: 0.5})
+    changed = cfg._replace(**{key: 3})
     reasons = why_trained(er, changed, clips)
-    expected = f"{key} {getattr(cfg, key)} -> 0.5"
+    expected = f"{key} {getattr(cfg, key)} -> 3"
     assert reasons == {name: expected * (name in names) for name in EVERY}
 
 
@@ -1938,7 +1938,7 @@ SCIENCE = {  # what is edited: (definition, text, replacement, who is trained an
 OTHERS = {  # definition: (text, replacement), without a new line
     "AudioCNN": ('"""A 2-D CNN', '"""A CNN'),
     "Trainer": ("# Weight decay is for matrices", "# Decay is for matrices"),
-    "fit": ("accuracy = np.mean", "accuracy  =  np.mean"),
+    "fit_epoch": ("accuracy = np.mean", "accuracy  =  np.mean"),
     "plot_comparison": ("lightsteelblue", "gray"),
     "write_report": ("Cm(17)", "Cm(16)"),
     "reliability": ("bins=15", "bins=10"),
