@@ -239,18 +239,24 @@ def read_number(key, text):
     return value
 
 
+def source_code():
+    """The text of this file; "" in a notebook, which has none."""
+    return Path(__file__).read_text(encoding="utf-8") if "__file__" in globals() else ""
+
+
+def usage_error(message):
+    """Raise a UserError in place of argparse's SystemExit, which would end a notebook's cell in a dump."""
+    flags = [flag_of(name, True) for name in SETTINGS]
+    typed, *_ = [*re.findall(r"(?<!\S)--?[\w-]+", message), ""]
+    meant, *_ = [*difflib.get_close_matches(typed.lower(), flags, 1, 0.7), typed]
+    hint = "--help lists every flag"
+    if meant != typed:
+        hint = f"did you mean {meant}?"
+    raise UserError(f"{message} ({hint})")
+
+
 def make_parser():
     """The command line: a flag per constant; the comments of the constants are its groups and help texts."""
-    flags = [flag_of(name, True) for name in SETTINGS]
-
-    def stop(message):
-        """In place of a SystemExit, so that a notebook cell survives a mistyped flag."""
-        hint = "--help lists every flag"
-        for word in re.findall(r"(?<!\S)--?[\w-]+", message)[:1]:
-            close = difflib.get_close_matches(word.lower(), flags, 1, 0.7)
-            hint = " ".join(f"did you mean {flag}?" for flag in close if flag != word) or hint
-        raise UserError(f"{message} ({hint})")
-
     examples = re.findall("^    (python .+)", __doc__ or "", re.MULTILINE)
     parser = argparse.ArgumentParser(
         prog="emotion_recognition.py", usage="python %(prog)s [flags]", allow_abbrev=False,
@@ -258,12 +264,10 @@ def make_parser():
         formatter_class=argparse.RawDescriptionHelpFormatter, epilog="\n".join(["examples:", *examples]),
         description="Speech emotion recognition on RAVDESS: sound, words, and both.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    # argparse would end the process, and with it a notebook's cell in a dump of SystemExit.
-    parser.error = stop
+    parser.error = usage_error
 
     # A notebook has no file, so its flags have no help.
-    source = Path(__file__).read_text(encoding="utf-8") if "__file__" in globals() else ""
-    lines, *_ = source.partition("# fmt: off")[2].partition("# fmt: on")
+    _, lines, *_ = [*re.split("# fmt: o[nf]+", source_code()), ""]
     found = re.findall("^# (.+)|^([A-Z_]+) = [^#\n]*(?:# (.+))?", lines, re.MULTILINE)
     group = parser
     for heading, name, text in found or [("", name, "") for name in SETTINGS]:
@@ -294,8 +298,9 @@ def parse_settings(argv=None):
         fewer = {key: min(values[key], DEMO_SETTINGS[key]) for key in ("epochs_cnn", "epochs_fusion")}
         values |= DEMO_SETTINGS | fewer
         folder = Path((values | given)["output_dir"])
-        parts = [part for part in folder.parts if not part.startswith("fold_")]  # of one of several runs
-        given |= {"output_dir": str(folder if parts[-1:] == ["demo"] else folder / "demo")}
+        # Once, also where one of several runs is named.
+        if not (folder.match("demo") or folder.match("demo/fold_*")):
+            given["output_dir"] = str(folder / "demo")
 
     cfg = Settings(**values | given, given=tuple(given))
     cfg = cfg._replace(**{key: ",".join(names_in(getattr(cfg, key))) for key in LISTS})
@@ -1944,52 +1949,45 @@ def fingerprint_of(cfg, name, clips):
     return fingerprint | {"code": code_of(name)}
 
 
-def code_of(name):
-    """A key of the code that the training of a system depends on: its class, the trainer, its features."""
-    roots = [SYSTEMS[name].kind.__name__, "train", "infer"]
-    if inputs_of(name) & SOUND:
-        roots.append("load_clip")
-    return code_digest(*roots)
+class WithoutDocstrings(ast.NodeTransformer):
+    """Takes the docstrings out of syntax trees; comments are in no tree at all."""
+
+    def visit_Expr(self, node):
+        """The statement, or None for a text that stands alone."""
+        return None if isinstance(node.value, ast.Constant) else node
 
 
 @functools.cache
 def definitions():
     """The top-level definitions of this file as syntax trees by name; {} in a notebook, which has no file."""
     found = {}
-    source = Path(__file__).read_text(encoding="utf-8") if "__file__" in globals() else ""
-    for node in ast.parse(source).body:
-        targets = [part.id for part in getattr(node, "targets", ()) if isinstance(part, ast.Name)]
-        found |= dict.fromkeys([getattr(node, "name", ""), *targets], node)
+    for node in WithoutDocstrings().visit(ast.parse(source_code())).body:
+        defined = getattr(node, "targets", [node])[0]
+        found[getattr(defined, "id", getattr(defined, "name", ""))] = node
     return found
 
 
 @functools.cache
-def code_digest(*roots):
-    """A key of all code that some definitions lead to by name, without docstrings; "" in a notebook.
+def code_of(name):
+    """A key of the code that the training of a system depends on, without docstrings; "" in a notebook.
 
-    Only what stands between `Corpus` and `SYSTEMS` is followed: what is above and below finds files, draws
-    and reports. So an edited plot changes no training, and an edited mel filter changes all that hear.
+    That is its class, the trainer, its features, and what these lead to by name, as long as it stands between
+    `Corpus` and `SYSTEMS`: what is above and below finds files, draws and reports. So an edited plot changes
+    no training, and an edited mel filter changes all that hear.
     """
+    todo, seen = [SYSTEMS[name].kind.__name__, "train", "infer"], {}
+    if inputs_of(name) & SOUND:
+        todo.append("load_clip")
     # The order of the file is the border: science stands between two landmarks.
-    names, todo, seen = list(definitions()), list(roots), {}
+    names = list(definitions())
     science = names[names.index("Corpus"):names.index("SYSTEMS")] if names else []
     while todo:
-        name = todo.pop()
-        if name in science and name not in seen:
-            tree = without_docstrings(definitions()[name])
-            seen[name] = ast.dump(tree)
+        definition = todo.pop()
+        if definition in science and definition not in seen:
+            tree = definitions()[definition]
+            seen[definition] = ast.dump(tree)
             todo += [node.id for node in ast.walk(tree) if isinstance(node, ast.Name)]
     return digest(seen) if seen else ""
-
-
-def without_docstrings(tree):
-    """A copy of a syntax tree without its docstrings."""
-    # A docstring is an expression at the beginning of a body; comments are in no tree at all.
-    tree = copy.deepcopy(tree)
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node) is not None:
-            node.body = node.body[1:] or [ast.Pass()]
-    return tree
 
 
 def stale_because(cfg, name, clips, ending="_best.pth"):
@@ -2012,14 +2010,12 @@ def take_back(cfg, name, clips):
     """Whether the checkpoint that the last training replaced is what is asked for; it then changes places."""
     if stale_because(cfg, name, clips, PREVIOUS):
         return False
-    path, previous = file_of(cfg, name), file_of(cfg, name, PREVIOUS)
     # Killed in between, what was asked for is still found.
+    path, previous = file_of(cfg, name), file_of(cfg, name, PREVIOUS)
     aside = path.with_suffix(".aside.pth")
-    with contextlib.suppress(FileNotFoundError):
-        path.replace(aside)
-    previous.replace(path)
-    with contextlib.suppress(FileNotFoundError):
-        aside.replace(previous)
+    for old, new in ((path, aside), (previous, path), (aside, previous)):
+        if old.exists():
+            old.replace(new)
     return True
 
 
@@ -2076,7 +2072,7 @@ def calibrate(checkpoints, cfg):
     for name, system in SYSTEMS.items():
         if name in log_probs:
             logits = mean_of_views(log_probs[name], cfg)
-            calibration[name] = fit_temperature(logits, torch.from_numpy(labels))
+            calibration[name] = fit_temperature(logits, labels)
         elif system.kind is weighted and set(system.parts) <= set(log_probs):
             answers = predict(log_probs, windows, calibration, cfg)
             logs = np.log(np.stack([answers[part] for part in system.parts]).clip(1e-7))
@@ -2093,7 +2089,7 @@ def predict(log_probs, windows, calibration, cfg):
     """
     answers = {}
     for name, system in SYSTEMS.items():
-        decided = name in calibration or system.kind not in (weighted, ensemble)
+        decided = name in calibration or system.kind is mean_of
         if name in log_probs:
             logits = mean_of_views(log_probs[name], cfg) / calibration[name]
             answers[name] = pool_windows(logits.softmax(dim=1).numpy(), windows)
@@ -2120,6 +2116,7 @@ def fit_temperature(logits, labels):
     """The temperature that minimises the NLL of softmax(logits / temperature) (Guo et al. 2017)."""
     # A grid is as good as a search here, and the same on every machine.
     grid = np.geomspace(0.5, 12, 300).tolist()  # a validation split without a mistake would ask for 0
+    logits, labels = torch.as_tensor(logits), torch.as_tensor(labels)
     return min(grid, key=lambda temperature: float(F.cross_entropy(logits / temperature, labels)))
 
 
@@ -2161,16 +2158,15 @@ def predictions_table(answers, clips, classes, **run):
 
 def with_ensembles(table, classes):
     """The predictions of all runs, and of an ensemble of the seeds of each fold, calibrated on validation."""
-    tables, ensembles = [table], [name for name, system in SYSTEMS.items() if system.kind is ensemble]
-    for name in ensembles:
+    tables = [table]
+    for name in (name for name, system in SYSTEMS.items() if system.kind is ensemble):
         for fold, seeds in table[table["system"].isin(SYSTEMS[name].parts)].groupby("fold"):
-            clips = seeds.drop_duplicates("clip")
-            if len(seeds) == len(clips):
+            if seeds["seed"].nunique() == 1:
                 continue
+            clips = seeds.drop_duplicates("clip")
             logs = np.log(seeds[classes].clip(1e-7)).groupby(seeds["clip"], sort=False).mean().to_numpy()
             held_out = (clips["split"] == "validation").to_numpy()
-            labels = torch.from_numpy(labels_of(clips["emotion"], classes)[held_out])
-            temperature = fit_temperature(torch.from_numpy(logs[held_out]), labels)
+            temperature = fit_temperature(logs[held_out], labels_of(clips["emotion"], classes)[held_out])
             answers = {name: ensemble(logs, temperature)}
             tables.append(predictions_table(answers, clips, classes, fold=fold, seed=seeds["seed"].min()))
     return pd.concat(tables, ignore_index=True)
@@ -2248,16 +2244,17 @@ GROUPS = (), ("fold", "seed"), ("actor",), ("sex",), ("intensity",), ("emotion",
 
 
 @functools.lru_cache(maxsize=16)
-def figures_of(results, *by, split=""):
-    """The figures of every system and split, or of the groups that the columns `by` make: a row each.
-
-    Of one split when it is named.
-    """
+def figures_of(results, *by):
+    """The figures of every system and split, or of the groups that the columns `by` make: a row each."""
     keys = ["system", "split", *by]
     groups = results.predictions.groupby(keys, sort=False)
     figures = pd.DataFrame.from_dict({key: score(part, results.classes) for key, part in groups}, "index")
-    figures = figures.rename_axis(keys)
-    return figures.xs(split, level="split") if split else figures
+    return figures.rename_axis(keys)
+
+
+def test_uar(results, *by):
+    """The UAR on the test split of every system, or of groups as in `figures_of`: a Series."""
+    return figures_of(results, *by)["uar"].xs("test", level="split")
 
 
 def all_figures(results):
@@ -2272,18 +2269,21 @@ def all_figures(results):
 
 def score(table, classes):
     """Clips, accuracy, UAR, macro-F1, NLL and ECE of rows of predictions, as a dict of builtins."""
-    probabilities = table[classes].to_numpy().clip(1e-7, 1)
-    true = labels_of(table["emotion"], classes)
+    true, predicted = table["emotion"], table["predicted"]
+    right = true == predicted
+    # F1 is twice the hits, over how often an emotion occurs and how often it is named.
+    f1 = 2 * true[right].value_counts() / pd.concat([true, predicted]).value_counts()
+
     # Six decimals in a CSV do not add up to one.
-    nll = np.log(probabilities.sum(axis=1)) - np.log(probabilities[np.arange(len(true)), true])
-    counts, bins = confusion(table, classes), reliability(table, classes)
-    right, present, named = counts.diagonal(), counts.sum(axis=1), counts.sum(axis=0)
-    occur = present + named > 0
+    probabilities = table[classes].to_numpy().clip(1e-7, 1)
+    answered = probabilities[np.arange(len(table)), labels_of(true, classes)]
+    nll = np.log(probabilities.sum(axis=1) / answered)
+    bins = reliability(table, classes)
     return {
         "clips": len(table),
-        "accuracy": float(right.sum() / len(table)),
+        "accuracy": float(right.mean()),
         "uar": uar_of(table),
-        "macro_f1": float((2 * right[occur] / (present + named)[occur]).mean()),
+        "macro_f1": float(f1.fillna(0).mean()),
         "nll": float(nll.mean()),
         "ece": calibration_error(bins),
         "ece_if_perfect": calibration_error_if_perfect(bins),
@@ -2291,30 +2291,30 @@ def score(table, classes):
 
 
 def confusion(table, classes):
-    """How often each emotion (rows) was taken for each (columns) in predictions: counts (C, C)."""
-    from sklearn.metrics import confusion_matrix  # here, since it is slow to import
-    return confusion_matrix(table["emotion"], table["predicted"], labels=classes)
+    """How often each emotion (rows) was taken for each (columns) in predictions: a table of counts."""
+    counts = pd.crosstab(table["emotion"], table["predicted"])
+    return counts.reindex(index=classes, columns=classes, fill_value=0)
 
 
 def reliability(table, classes, bins=15):
-    """Clips, their summed confidence and right answers in each of equal bins of confidence: (3, bins)."""
-    confidence, right = table[classes].to_numpy().max(axis=1), table["emotion"] == table["predicted"]
+    """A row for each of equal bins of confidence that is in use: mean confidence, share right, clips."""
+    confidence = table[classes].max(axis=1)
     # A confidence of exactly 1 belongs to the last bin.
-    which = np.minimum((confidence * bins).astype(int), bins - 1)
-    return np.stack([np.bincount(which, weights, bins) for weights in (None, confidence, right)])
+    which = (confidence * bins).astype(int).clip(upper=bins - 1)
+    answers = pd.DataFrame({"confidence": confidence, "right": table["emotion"] == table["predicted"]})
+    groups = answers.groupby(which)
+    return groups.mean().assign(clips=groups.size())
 
 
 def calibration_error(bins):
     """ECE: mean distance of confidence and accuracy over the bins of `reliability`, weighted by size."""
-    counts, confidence, right = bins
-    return float(abs(confidence - right).sum() / counts.sum())
+    return float(np.average(abs(bins["confidence"] - bins["right"]), weights=bins["clips"]))
 
 
 def calibration_error_if_perfect(bins):
-    """The ECE to expect by chance when every confidence is right: E|X - np| of a binomial X in every bin."""
-    counts, confidence, _ = bins
-    mean = confidence / np.maximum(1, counts)
-    return float(np.sqrt(2 * counts * mean * (1 - mean) / math.pi).sum() / counts.sum())
+    """The ECE to expect by chance when every confidence is right: that of binomial counts in every bin."""
+    variance = bins["confidence"] * (1 - bins["confidence"]) / bins["clips"]  # of the share right
+    return float(np.average(np.sqrt(2 * variance / math.pi), weights=bins["clips"]))
 
 
 def uar_of(table):
@@ -2375,7 +2375,7 @@ def summarize(results):
     figures = figures_of(results)
     train, validation, test = (figures.query("split == @split").droplevel("split") for split in SPLITS)
     # The headline is the mean of the runs, the interval that of the pooled predictions.
-    by_run = figures_of(results, "fold", "seed", split="test")["uar"]
+    by_run = test_uar(results, "fold", "seed")
     unseen = results.test[results.test["actor"].isin(results.config["unseen_actors"])]
     draws = bootstrap(results)
     summary = pd.DataFrame({
@@ -2397,7 +2397,7 @@ def paired_differences(results):
 
     The interval is that of the paired bootstrap.
     """
-    draws, uar, rows = bootstrap(results), figures_of(results, split="test")["uar"], []
+    draws, uar, rows = bootstrap(results), test_uar(results), []
     for first, second in itertools.combinations(draws, 2):
         low, high = (draws[first] - draws[second]).quantile([0.025, 0.975])
         rows.append((first, second, uar[first] - uar[second], low, high))
@@ -2516,7 +2516,7 @@ def versions():
 
 def command_of(cfg):
     """The command line that repeats a run."""
-    flags = [flag_of(key, value) for key, value in cfg._asdict().items() if key in cfg.given]
+    flags = [flag_of(key, getattr(cfg, key)) for key in cfg.given]
     return shlex.join(["python", "emotion_recognition.py", *flags])
 
 
@@ -2632,8 +2632,8 @@ def plot_comparison(results):
     axis = summary["uar"].plot.barh(xerr=np.clip(ends, 0, 100), color="lightsteelblue", xlim=(0, 101),
                                     figsize=(9.5, 1.5 + 0.35 * len(summary)), label="test, 95 % interval")
     axis.plot(summary["validation_uar"], summary.index, "|", markersize=12, label="validation")
-    by_run = figures_of(results, "fold", "seed", split="test").rename(results.titles, level="system")
-    axis.plot(100 * by_run["uar"], by_run.index.get_level_values("system"), "k.", label="each run")
+    by_run = test_uar(results, "fold", "seed").rename(results.titles, level="system")
+    axis.plot(100 * by_run, by_run.index.get_level_values("system"), "k.", label="each run")
     axis.axvline(100 / len(results.classes), color="firebrick", linestyle="--", label="chance")
     axis.set(title="UAR in %", ylabel="")
     axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
@@ -2645,9 +2645,7 @@ def plot_reliability(results):
     lines = []
     for name, part in results.test.groupby("system", sort=False):
         bins = reliability(part, results.classes)
-        line = pd.DataFrame(bins.T, columns=["clips", "confidence", "right"]).query("clips > 0")
-        title = f"{results.titles[name]}\nECE {calibration_error(bins):.3f}"
-        lines.append(line.div(line["clips"], axis=0).assign(clips=line["clips"], system=title))
+        lines.append(bins.assign(system=f"{results.titles[name]}\nECE {calibration_error(bins):.3f}"))
     grid = sns.relplot(pd.concat(lines, ignore_index=True), x="confidence", y="right", size="clips",
                        col="system", col_wrap=4, height=2.8)
     grid.map(plt.plot, "confidence", "right").set_titles("{col_name}", size=8)
@@ -2658,7 +2656,7 @@ def plot_reliability(results):
 def plot_confusions(results):
     """The test confusion matrix of each system, in % of the true emotion, with counts: a file each."""
     for name, part in results.test.groupby("system", sort=False):
-        counts = pd.DataFrame(confusion(part, results.classes), results.classes, results.classes)
+        counts = confusion(part, results.classes)
         percent = 100 * counts.div(counts.sum(axis=1).clip(lower=1), axis=0)
         texts = percent.map("{:.0f}\n".format) + counts.map("({})".format)
         title = f"{results.titles[name]}: true (rows), predicted (columns), % (clips), UAR {uar_of(part):.1%}"
@@ -2676,7 +2674,7 @@ def plot_grid(values, texts, title, results, name):
 
 def uar_by(results, by):
     """Test UAR in % of every system (rows) in the groups of a column (columns); of `emotion` its recall."""
-    figures = 100 * figures_of(results, by, split="test")["uar"].unstack(by)
+    figures = 100 * test_uar(results, by).unstack(by)
     return figures.loc[results.test["system"].unique()].rename(results.titles)
 
 
@@ -3133,32 +3131,33 @@ def describe_corpus(corpus, source):
     """What was found, used and left out, as a list of sentences; left_out.csv has the rest."""
     clips, left_out = corpus.clips, corpus.left_out
     # Files that are no clips are counted by kind, damaged clips are named.
-    broken = left_out[~left_out["reason"].isin(PASSED_OVER)]
-    kinds = left_out["reason"].where(left_out["reason"].isin(PASSED_OVER), "unusable").value_counts()
-    same = clips[clips.duplicated("digest", keep=False)].groupby("digest")["clip"].apply(list).tolist()
-    actors = clips["actor"].value_counts().sort_index()
-    unnamed = "" in actors
-    speakers = f" of {len(actors)} actors" * (not unnamed)
-    sentences = [
+    kinds = left_out["reason"].where(left_out["reason"].isin(PASSED_OVER), "unusable")
+    broken = left_out[kinds == "unusable"]
+    unnamed = "" in set(clips["actor"])
+    speakers = f" of {clips['actor'].nunique()} actors" * (not unnamed)
+    sentences = holding({
         f"{len(clips) + len(left_out)} files in {source}: {len(clips)} clips{speakers} are used; left out: "
-        f"{counted(kinds) or 'none'} (left_out.csv).",
-        f"Clips per emotion: {counted(clips['emotion'].value_counts(sort=False))}.",
-        f"Clips per actor: {counted(actors)}."]
-    if unnamed:
-        sentences[-1] = "No speakers are named: intervals draw single clips, which makes them too narrow."
+        f"{counted(kinds)} (left_out.csv).": True,
+        f"Clips per emotion: {counted(clips['emotion'])}.": True,
+        f"Clips per actor: {counted(clips['actor'])}.": not unnamed,
+        "No speakers are named: splits may share voices, which flatters, and intervals draw single clips, "
+        "which makes them too narrow.": unnamed})
+
     if "statement" in clips:
         sentences.append(missing_clips(clips))
-    if same:
-        more = f" and {len(same[0]) - 4} more" * (len(same[0]) > 4)
-        sentences.append(f"Same bytes under several names, {len(same)} times, the first: "
-                         f"{' = '.join(same[0][:4])}{more}.")
+    same = clips[clips.duplicated("digest", keep=False)].groupby("digest")["clip"].agg(list)
+    for first, second, *more in same[:1]:
+        others = f" and {len(more)} more" * bool(more)
+        sentences.append(f"Same bytes under several names, {len(same)} times, the first: {first} = {second}"
+                         f"{others}.")
     sentences += [f"Left out: {line.path}: {line.reason}." for line in broken[:10].itertuples()]
     return sentences + holding({f"Left out: {len(broken) - 10} more, see left_out.csv.": len(broken) > 10})
 
 
-def counted(counts):
-    """Counts (Series) as text: happy 12, sad 14."""
-    return ", ".join(f"{name} {n}" for name, n in counts.items())
+def counted(column):
+    """How often each value of a column occurs, as text: happy 12, sad 14."""
+    sizes = column.groupby(column, observed=True).size()
+    return ", ".join(f"{value} {n}" for value, n in sizes.items()) or "none"
 
 
 def missing_clips(clips):
@@ -3180,20 +3179,19 @@ def title_of_split(corpus, run):
 
 def describe_split(clips, corpus, run):
     """The clips and actors of each split, and how many actors stand in several, as one sentence."""
-    texts, unnamed = [], (clips["actor"] == "").all()
-    for split, part in clips.groupby(pd.Categorical(clips["split"], SPLITS), observed=True):
-        actors = " ".join(map(str, sorted(part["actor"].unique())))
-        texts.append(f"{split} {len(part)} clips" + f" of actors {actors}" * (not unnamed))
-        if run.sentence_noise and "sentence_emotion" in part:
-            share = (part["emotion"] != part["sentence_emotion"]).mean()
-            texts[-1] += (f", {share:.1%} with a sentence of another emotion "
-                          f"({run.sentence_noise:.1%} dealt anew)")
+    texts, named = [], clips[clips["actor"] != ""]
+    for split in SPLITS:
+        actors = sorted(named.loc[named["split"] == split, "actor"].unique())
+        who = f" of actors {' '.join(map(str, actors))}" * bool(actors)
+        texts.append(f"{split} {sum(clips['split'] == split)} clips{who}")
 
-    shared = (clips.groupby("actor")["split"].nunique() > 1).sum()
+    shared = sum(named.groupby("actor")["split"].nunique() > 1)
+    other = clips["emotion"] != clips.get("sentence_emotion", clips["emotion"])
+    noise = f"{run.sentence_noise:.1%} dealt anew"
     left = len(corpus.clips) - len(clips)
     texts += holding({
-        "no speakers are named, so that splits may share voices, which flatters": unnamed,
-        f"{shared} actors stand in several splits": shared and not unnamed,
+        f"{shared} actors stand in several splits": shared,
+        f"{other.mean():.1%} of the clips with a sentence of another emotion ({noise})": other.any(),
         f"{left} clips are left out, since their bytes occur in an earlier split": left})
     return f"{title_of_split(corpus, run)}: {'; '.join(texts)}."
 
@@ -3270,10 +3268,8 @@ def plan_of(run, name, clips, reasons):
     """(why a system is trained, "" if not; what the plan says of it); `reasons` has those of its parts."""
     checkpoint, state = file_of(run, name), file_of(run, name, "_training.pth")
     parts = [f"{SYSTEMS[part].title} will be" for part in SYSTEMS[name].parts if reasons.get(part)]
-    reason = stale_because(run, name, clips)
-    if parts and checkpoint.exists():
-        reason = ", ".join(parts)
-    elif reason and take_back(run, name, clips):
+    reason = ", ".join(parts) or stale_because(run, name, clips)
+    if reason and not parts and take_back(run, name, clips):
         return "", "taken back, the training that replaced it is kept"
     if reason:
         return reason, f"is trained ({reason})"
@@ -3294,34 +3290,29 @@ def not_run(answered, cfg, corpus):
     return reasons
 
 
-def write_results(cfg, corpus, table, histories, caveats, calibration, encoder, audit, command):
-    """Write the results of a run or of an evaluation, then show them."""
+def write_results(cfg, corpus, table, histories, **facts):
+    """Write the results of a run or of an evaluation and facts about its models, then show them."""
     words = corpus.words == "simulated"
     missing = not_run(set(table["system"]), cfg, corpus)
     titles = {name: system.title + " (oracle text)" * (words and reads_words(name))
               for name, system in SYSTEMS.items() if name in {*table["system"], *missing}}
     save_results(cfg.output_dir, {
         "corpus": corpus.name,
-        "command": command,
         "settings": cfg._asdict(),
         "versions": versions(),
-        "caveats": list(dict.fromkeys(caveats)),
         "classes": classes_of(corpus.clips),
         "titles": titles,
         "oracles": [name for name in titles if words and reads_words(name)],
         "unseen_actors": unseen_actors(corpus.clips) if corpus.split == "speaker" else [],
         "not_run": missing,
-        "calibration": calibration,
-        "encoder": encoder,
-        "audit": audit,
+        **facts,
     }, predictions=table, histories=histories)
-    publish(cfg.output_dir)
-
-
-def publish(folder):
-    """Tables on the console, metrics.json, plots and report of the results in a folder. Raises UserError."""
     # What was written is read back, so that a report made later has the same figures to the last digit.
-    results = read_results(folder)
+    publish(read_results(cfg.output_dir))
+
+
+def publish(results):
+    """Tables on the console, metrics.json, plots and report of Results. Raises UserError."""
     save(results.folder / "metrics.json", all_figures(results))
     caveats = "; ".join(results.config["caveats"]) or "unseen speakers"
     print(f"\n{results.config['corpus']} ({caveats})\n{table_of(results).to_string(index=False)}", flush=True)
@@ -3351,11 +3342,11 @@ def train_phase(cfg):
     if not has_docx():
         print(f"The .docx will be left out: {DOCX_ADVICE}")
     trained = {run: train_run(run, names, clips, corpus, device) for run, clips in clips_of.items()}
-    write_results(cfg, corpus, *results_of(trained, clips_of), audit, command_of(cfg))
+    write_results(cfg, corpus, **results_of(trained, clips_of), audit=audit, command=command_of(cfg))
 
 
 def results_of(trained, clips_of):
-    """(table of predictions, histories, caveats, calibration by run, key of the encoder) of trained runs."""
+    """The table of predictions, histories, caveats, calibration by run and key of the encoder of runs."""
     # A system that some run lacks would be compared on other clips than the others.
     everywhere = set.intersection(*map(set, trained.values()))
     tables, histories, calibration, caveats = [], [], {}, []
@@ -3370,44 +3361,45 @@ def results_of(trained, clips_of):
         tables.append(predictions_table(answers, clips, classes_of(clips), **key))
         for name, checkpoint in checkpoints.items():
             histories.append(pd.DataFrame(checkpoint.history).assign(system=name, **key))
-    table = with_ensembles(pd.concat(tables, ignore_index=True), classes_of(clips))
-    return table, pd.concat(histories), caveats, calibration, encoder_of(checkpoints)
+    return {
+        "table": with_ensembles(pd.concat(tables, ignore_index=True), classes_of(clips)),
+        "histories": pd.concat(histories),
+        "caveats": list(dict.fromkeys(caveats)),
+        "calibration": calibration,
+        "encoder": encoder_of(checkpoints)}
 
 
 def report_phase(cfg):
     """Tables, plots and report again from the results in OUTPUT_DIR, without models and corpus."""
-    config, path = read_results(cfg.output_dir).config, Path(cfg.output_dir, "config.json")
+    results, path = read_results(cfg.output_dir), Path(cfg.output_dir, "config.json")
+    config = results.config
     refuse_contradictions(cfg, config["settings"], config["encoder"], path)
     audit = saved_in(cfg.output_dir, "audit", config["audit"], "audit.json")
     refuse({f"{path} is not of the data beside it, audit.json: make it again with --phase all":
             audit != config["audit"]})
-    publish(cfg.output_dir)
+    publish(results)
 
 
 def evaluate_phase(cfg):
     """Score the models of OUTPUT_DIR, as they were trained, on another corpus; into a folder of its own."""
     predictor = Predictor(cfg.output_dir, cfg.device, cfg.test_views)
-    encoder = encoder_of(predictor.checkpoints)
-    flags = cfg._replace(given=[key for key in cfg.given if key != "manifest"])
-    refuse_contradictions(flags, predictor.cfg._asdict(), encoder, cfg.output_dir)
+    encoder, saved = encoder_of(predictor.checkpoints), predictor.cfg._replace(manifest=cfg.manifest)
+    refuse_contradictions(cfg, saved._asdict(), encoder, cfg.output_dir)
     # The features are those of the training, the corpus is another one.
-    work = predictor.cfg._replace(
-        phase="evaluate", manifest=cfg.manifest, output_dir=evaluation_folder(cfg), given=cfg.given,
-        split="speaker", folds="0", runs=1, demo=False, fusion="both", use_simulated_sentences=False,
-        leave_out="")
+    work = saved._replace(
+        phase="evaluate", output_dir=evaluation_folder(cfg), given=cfg.given, split="speaker", folds="0",
+        runs=1, demo=False, fusion="both", use_simulated_sentences=False, leave_out="")
     whole = read_corpus(work)
     corpus = shared_emotions(whole, predictor.classes, cfg)
-    shared = classes_of(corpus.clips)
-    unknown = counted(whole.clips["emotion"].value_counts(sort=False).drop(shared)) or "none"
+    classes, emotions = classes_of(corpus.clips), whole.clips["emotion"]
+    unknown = counted(emotions[~emotions.isin(classes)])
     audit = [*describe_corpus(whole, cfg.manifest),
-             f"Emotions compared: {', '.join(shared)}. Clips left out, unknown to the models: {unknown}."]
+             f"Emotions compared: {', '.join(classes)}. Clips left out, unknown to the models: {unknown}."]
     print(*audit, sep="\n")
     save_table(Path(work.output_dir, "left_out.csv"), whole.left_out, predictor.caveats)
-    caveats = [f"models of {cfg.output_dir} on another corpus", *known_clips(corpus.clips, predictor)]
-    caveats += [f"in training: {caveat}" for caveat in predictor.caveats]
-    histories, calibration = pd.DataFrame(columns=["system"]), {"training": predictor.calibration}
-    write_results(work, corpus, elsewhere(predictor, corpus), histories, caveats, calibration, encoder, audit,
-                  command_of(cfg))
+    write_results(work, corpus, elsewhere(predictor, corpus), pd.DataFrame(columns=["system"]),
+                  caveats=caveats_elsewhere(predictor, corpus, cfg), encoder=encoder, audit=audit,
+                  calibration={"training": predictor.calibration}, command=command_of(cfg))
 
 
 def evaluation_folder(cfg):
@@ -3419,25 +3411,6 @@ def evaluation_folder(cfg):
     return str(folder)
 
 
-def elsewhere(predictor, corpus):
-    """The predictions of trained models on another corpus, over the emotions that both know."""
-    clips, classes = corpus.clips, classes_of(corpus.clips)
-    places = [predictor.classes.index(emotion) for emotion in classes]
-    answers = predictor.ask(windows_of(clips, predictor.cfg), corpus.has_words)
-    for name in answers:
-        shares = answers[name][:, places].clip(1e-7)
-        answers[name] = shares / shares.sum(axis=1, keepdims=True)
-    return predictions_table(answers, clips, classes, fold=0, seed=0)
-
-
-def known_clips(clips, predictor):
-    """A caveat in a list when some clips were trained or validated on, by their bytes."""
-    windows = pd.DataFrame(predictor.checkpoints[predictor.first].windows).query("split != 'test'")
-    known = clips["digest"].isin(windows["digest"]).sum()
-    caveat = f"{known} of these {len(clips)} clips are known from training: the figures flatter"
-    return holding({caveat: known})
-
-
 def shared_emotions(corpus, classes, cfg):
     """A corpus without the clips whose emotion is none of `classes`, all of it test. Raises UserError."""
     shared = [emotion for emotion in classes if emotion in classes_of(corpus.clips)]
@@ -3446,6 +3419,25 @@ def shared_emotions(corpus, classes, cfg):
     clips = of_emotions(corpus.clips, shared).assign(split="test")
     words = "manifest" if "transcript" in clips else f"{cfg.manifest} has no column transcript"
     return replace(corpus, clips=clips, words=words, split="manifest")
+
+
+def caveats_elsewhere(predictor, corpus, cfg):
+    """What every page must say of trained models on another corpus, also which clips they know, by bytes."""
+    windows = pd.DataFrame(predictor.checkpoints[predictor.first].windows).query("split != 'test'")
+    known = sum(corpus.clips["digest"].isin(windows["digest"]))
+    caveats = holding({
+        f"models of {cfg.output_dir} on another corpus": True,
+        f"{known} of these {len(corpus.clips)} clips are known from training: the figures flatter": known})
+    return caveats + [f"in training: {caveat}" for caveat in predictor.caveats]
+
+
+def elsewhere(predictor, corpus):
+    """The predictions of trained models on another corpus, over the emotions that both know."""
+    answers = predictor.ask(windows_of(corpus.clips, predictor.cfg), corpus.has_words)
+    table = predictions_table(answers, corpus.clips, predictor.classes, fold=0, seed=0)
+    shares = table[classes_of(corpus.clips)].clip(1e-7)
+    shares = shares.div(shares.sum(axis=1), axis=0)
+    return table.drop(columns=predictor.classes).assign(predicted=shares.idxmax(axis=1)).join(shares)
 
 
 @contextlib.contextmanager
