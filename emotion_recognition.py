@@ -346,15 +346,16 @@ def runs_of(cfg):
 class Corpus:
     """A corpus that was read, and all that it decides where settings leave things open.
 
-    `clips` has a row per usable clip, sorted by name: clip, path, emotion (categories in the order of the
-    labels), actor, digest of the file's bytes, mel (T, M), and what else the corpus knows (intensity,
-    statement, repetition, sex, split, transcript). `left_out` has the path of every other file, and the
-    reason. `split` says how clips are dealt: speaker, random, manifest, or shared (the manifest's own, with
-    speakers in several splits or unknown). `words` says where sentences come from: simulated, whisper,
-    manifest, or, when there are none, why. `caveats` is what every page must say.
+    `source` is its folder or table. `clips` has a row per usable clip, sorted by name: clip, path, emotion
+    (categories in the order of the labels), actor, digest of the file's bytes, mel (T, M), and what else the
+    corpus knows (intensity, statement, repetition, sex, split, transcript). `left_out` has the path of every
+    other file, and the reason. `split` says how clips are dealt: speaker, random, manifest, or shared (the
+    manifest's own, with speakers in several splits or unknown). `words` says where sentences come from:
+    simulated, whisper, manifest, or, when there are none, why. `caveats` is what every page must say.
     """
 
     name: str
+    source: str
     clips: pd.DataFrame
     left_out: pd.DataFrame
     split: str
@@ -368,7 +369,13 @@ class Corpus:
 
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
-CLIP_NAME = re.compile("-".join(["([0-9][0-9])"] * 7))  # modality-channel-emotion-intensity-...
+NAMES = {  # of files: the first pattern that fits says why it is no clip, "" that it is one
+    "other name": r"(?!([0-9]{2}-){6}[0-9]{2}\.[^.]*$)",
+    "video": r"(?!03)|.*\.mp4$",
+    "song": "03-02",
+    "": "03-01-0[1-8]-0[12]-0[12]-0[12]-(?!00)",
+    "a code in its name is none of RAVDESS's": "",
+}
 PASSED_OVER = ["second copy", "song", "video", "other name", "--leave-out"]  # why files are no clips
 UNFINISHED = ".unfinished"  # ends the name of a folder that --download is still filling
 RESERVED = {  # columns of tables: names that no emotion may have
@@ -381,31 +388,31 @@ RESERVED = {  # columns of tables: names that no emotion may have
 def read_corpus(cfg):
     """The corpus that the settings name, with features. Raises UserError."""
     source = cfg.manifest or find_corpus(cfg)
-    listed, left_out = list_manifest(source) if cfg.manifest else list_ravdess(source)
-    listed, dropped = without_emotions(listed, cfg)
-    clips, broken = load_clips(listed, source, cfg)
+    files = list_manifest(source) if cfg.manifest else list_ravdess(source)
+    files = load_clips(without_emotions(files, cfg), cfg)
 
     # A copy under the same name counts once, and a damaged first copy does not hide a good second one.
-    copies = clips[clips.duplicated("clip")].assign(reason="second copy")
-    left_out = pd.concat([left_out, dropped, broken, copies], ignore_index=True)[["path", "reason"]]
-    clips = clips.drop_duplicates("clip").sort_values("clip", ignore_index=True)
-    # Eight emotions that silently become seven would be another task.
-    lacking = [emotion for emotion in classes_of(clips) if emotion not in set(clips["emotion"])]
-    refuse({f"{unusable(left_out)}{source} has no {' and no '.join(lacking)} clip that can be used: complete "
-            f"the folder of --ravdess-path, or go on with --leave-out {','.join(lacking)}":
-            lacking and not cfg.manifest})
+    copies = files.duplicated(["clip", "reason"]) & (files["reason"] == "")
+    files["reason"] = files["reason"].mask(copies, "second copy")
+    usable = files["reason"] == ""
+    clips = files[usable].drop(columns="reason").sort_values("clip", ignore_index=True)
+    left_out = files.loc[~usable, ["path", "reason"]]
+
+    refuse({f"{unusable(left_out)}{source} has no clip that can be used: see --ravdess-path or --manifest":
+            clips.empty})
     split, words = split_kind(clips, cfg), words_kind(clips, cfg)
     name = Path(cfg.manifest).name or "RAVDESS"
-    return Corpus(name, clips, left_out, split, words, caveats_of(split, words, cfg))
+    return Corpus(name, str(source), clips, left_out, split, words, caveats_of(split, words, cfg))
 
 
-def without_emotions(listed, cfg):
-    """(listed clips without the emotions of --leave-out, those with the reason). Raises UserError."""
-    classes, unwanted = classes_of(listed), names_in(cfg.leave_out)
+def without_emotions(files, cfg):
+    """The listed files without the classes of --leave-out, which is the reason of their clips. Raises."""
+    classes, unwanted = classes_of(files), names_in(cfg.leave_out)
     wanted = [emotion for emotion in classes if emotion not in unwanted]
     refuse({f"--leave-out {cfg.leave_out} is not a list out of {', '.join(classes)} that leaves two and more":
             not set(unwanted) <= set(classes) or len(wanted) < 2})
-    return of_emotions(listed, wanted), listed[listed["emotion"].isin(unwanted)].assign(reason="--leave-out")
+    reasons = files["reason"].mask(files["emotion"].isin(unwanted), "--leave-out")
+    return files.assign(emotion=files["emotion"].cat.set_categories(wanted), reason=reasons)
 
 
 def of_emotions(clips, emotions):
@@ -421,7 +428,7 @@ def find_corpus(cfg):
     usual = path.parent == Path("archive") and "ravdess_path" not in cfg.given
     places = [path, *[Path("archive"), Path("/kaggle/input"), Path(cache)] * usual]
     for place in places:
-        if len(list_ravdess(place)[0]):
+        if "" in set(list_ravdess(place)["reason"]):
             return place
 
     # Whoever named a folder hears what is wrong with it, all others where clips were looked for.
@@ -462,33 +469,28 @@ def audio_files(folder):
 
 
 def list_ravdess(folder):
-    """The speech clips under a folder by their names: (clips, other files with the reason).
+    """All audio files under a folder, as speech clips by their names; `reason` says which are none, and why.
 
-    Clips have the columns clip, path, emotion, actor, intensity, statement, repetition, sex.
+    Columns: clip, path, emotion, actor, intensity, statement, repetition, sex, reason ("" for clips).
     """
-    clips, left_out = [], []
+    rows = []
     for path in audio_files(folder):
-        name = CLIP_NAME.fullmatch(path.stem)
-        modality, channel, emotion, *ones_and_twos, actor = map(int, name.groups() if name else [0] * 7)
-        known = channel == 1 and 1 <= emotion <= 8 and {*ones_and_twos} <= {1, 2} and actor
-        reasons = holding({
-            "other name": not name,
-            "video": modality != 3 or path.suffix.lower() == ".mp4",
-            "song": channel == 2,
-            "a code in its name is none of RAVDESS's": not known})
-        left_out += [(str(path), reason) for reason in reasons[:1]]
-        clips += [(path.stem, str(path), emotion - 1, actor, *ones_and_twos)] * (not reasons)
+        name = path.name.lower()
+        reason = next(reason for reason, pattern in NAMES.items() if re.match(pattern, name))
+        # What is no clip has the code 0, which says nothing.
+        codes = [0] * 7 if reason else map(int, path.stem.split("-"))
+        rows.append((path.stem, str(path), reason, *codes))
 
-    columns = "clip path emotion actor intensity statement repetition".split()
-    clips = pd.DataFrame(clips, columns=columns)
-    clips["emotion"] = pd.Categorical.from_codes(clips["emotion"].astype(int), EMOTIONS)
-    clips["intensity"] = clips["intensity"].map({1: "normal", 2: "strong"})
-    clips["sex"] = clips["actor"].mod(2).map({0: "female", 1: "male"})
-    return clips, pd.DataFrame(left_out, columns=["path", "reason"])
+    codes = "modality channel emotion intensity statement repetition actor".split()
+    files = pd.DataFrame(rows, columns=["clip", "path", "reason", *codes])
+    files["emotion"] = pd.Categorical(files["emotion"].map(dict(enumerate(EMOTIONS, 1))), EMOTIONS)
+    files["intensity"] = files["intensity"].map({1: "normal", 2: "strong"})
+    files["sex"] = files["actor"].mod(2).map({0: "female", 1: "male"})
+    return files[[*"clip path emotion actor intensity statement repetition sex reason".split()]]
 
 
 def list_manifest(path):
-    """The clips that a table lists: (clips, no files left out), as of `list_ravdess`.
+    """The clips that a table lists, as `list_ravdess` has them.
 
     Relative paths start in the table's folder. Emotions are the table's own, RAVDESS's first; a column
     speaker, split or transcript that is empty throughout counts as absent. A UserError names a bad line.
@@ -510,7 +512,8 @@ def list_manifest(path):
     clips["path"] = [str(Path(path).parent / clip) for clip in clips["clip"]]
     clips["actor"] = numbers_if_plain(clips["actor"])
     optional = [name for name in ("split", "transcript") if name in there]
-    return clips[["clip", "path", "emotion", "actor", *optional]].reset_index(drop=True), pd.DataFrame()
+    clips = clips[["clip", "path", "emotion", "actor", *optional]].reset_index(drop=True)
+    return clips.assign(reason="")
 
 
 def manifest_problems(clips, there):
@@ -589,23 +592,21 @@ def first_lines(keys):
     return pd.Series(keys.index, keys.index).groupby(keys).transform("min")
 
 
-def load_clips(listed, source, cfg):
-    """(listed clips with `digest` and `mel`, those that cannot be used with the reason). Raises UserError."""
+def load_clips(files, cfg):
+    """The listed files with `mel` and `digest` of their clips, or the reason why a clip cannot be used."""
     def load(path):
-        """A Clip and "", or an empty one and why it cannot be used."""
+        """What is known of a clip, or the reason."""
         try:
-            return *load_clip(path, cfg), ""
+            return {"reason": "", **load_clip(path, cfg)._asdict()}
         except AudioError as error:
-            return None, 0.0, "", str(error)
+            return {"reason": str(error)}
 
     load_torchaudio()  # now, so that an installation that does not work is one sentence
-    loaded = in_parallel(load, listed["path"], "Reading clips")
-    loaded = pd.DataFrame(loaded, columns=["mel", "start", "digest", "reason"])
-    clips = listed.join(loaded.drop(columns="start"))
-    usable, first = clips["reason"] == "", clips.iloc[0]
-    refuse({f"none of the {len(clips)} clips in {source} can be used (the first, {first['path']}: "
-            f"{first['reason']}): see --ravdess-path or --manifest": not usable.any()})
-    return clips[usable].drop(columns="reason"), clips[~usable]
+    paths = files.loc[files["reason"] == "", "path"]
+    loaded = in_parallel(load, paths, "Reading clips")
+    loaded = pd.DataFrame(loaded, paths.index, ["reason", "mel", "digest"])
+    files.loc[paths.index, "reason"] = loaded.pop("reason")
+    return files.join(loaded)
 
 
 def in_parallel(function, items, title):
@@ -687,14 +688,17 @@ def split_clips(corpus, run):
     order = clips["split"].map(SPLITS.index)
     clips = clips[order == order.groupby(clips["digest"]).transform("min")].reset_index(drop=True)
 
+    # Eight emotions that silently become seven would be another task.
     used = set(zip(clips["emotion"], clips["split"]))
-    for emotion, split in itertools.product(classes_of(clips), SPLITS):
-        there = of_emotions(corpus.clips, [emotion])
+    lacking = [pair for pair in itertools.product(classes_of(clips), SPLITS) if pair not in used]
+    for emotion, split in lacking[:1]:
+        there = corpus.clips.query("emotion == @emotion")
         first = "".join(there["path"][:1]) or "none"
-        refuse({f"{unusable(corpus.left_out)}no {emotion} clip is left for {split}, of {len(there)} by "
-                f"{there['actor'].nunique()} speakers (the first: {first}): complete the folder of "
-                "--ravdess-path, or --manifest, choose other --folds, or go on with --leave-out "
-                f"{emotion}": (emotion, split) not in used})
+        every = ",".join(dict.fromkeys(emotion for emotion, _ in lacking))
+        raise UserError(f"{unusable(corpus.left_out)}no {emotion} clip is left for {split}, of {len(there)} "
+                        f"by {there['actor'].nunique()} speakers (the first: {first}): complete "
+                        f"{corpus.source} (see --ravdess-path and --manifest), choose other --folds, or go "
+                        f"on with --leave-out {every}")
     return clips
 
 
@@ -3120,7 +3124,7 @@ def write_demo(cfg):
 
 
 # %% 22. The phases and main
-def describe_corpus(corpus, source):
+def describe_corpus(corpus):
     """What was found, used and left out, as a list of sentences; left_out.csv has the rest."""
     clips, left_out = corpus.clips, corpus.left_out
     # Files that are no clips are counted by kind, damaged clips are named.
@@ -3131,8 +3135,8 @@ def describe_corpus(corpus, source):
     unnamed = "" in actors
     speakers = f" of {len(actors)} actors" * (not unnamed)
     sentences = [
-        f"{len(clips) + len(left_out)} files in {source}: {len(clips)} clips{speakers} are used; left out: "
-        f"{counted(kinds) or 'none'} (left_out.csv).",
+        f"{len(clips) + len(left_out)} files in {corpus.source}: {len(clips)} clips{speakers} are used; left "
+        f"out: {counted(kinds) or 'none'} (left_out.csv).",
         f"Clips per emotion: {counted(clips['emotion'].value_counts(sort=False))}.",
         f"Clips per actor: {counted(actors)}."]
     if unnamed:
@@ -3207,7 +3211,7 @@ def describe_transcripts(corpus):
 def write_data(corpus, clips_of, cfg):
     """Write what the data are like, for the user's own code and for the report; the audit as sentences."""
     from sklearn.preprocessing import LabelEncoder
-    audit = describe_corpus(corpus, cfg.manifest or find_corpus(cfg)) + describe_transcripts(corpus)
+    audit = describe_corpus(corpus) + describe_transcripts(corpus)
     audit += dict.fromkeys(describe_split(clips, corpus, run) for run, clips in clips_of.items())
     print(*audit, sep="\n")
     folder, encoder = Path(cfg.output_dir), LabelEncoder()
@@ -3390,7 +3394,7 @@ def evaluate_phase(cfg):
     corpus = shared_emotions(whole, predictor.classes, cfg)
     shared = classes_of(corpus.clips)
     unknown = counted(whole.clips["emotion"].value_counts(sort=False).drop(shared)) or "none"
-    audit = [*describe_corpus(whole, cfg.manifest),
+    audit = [*describe_corpus(whole),
              f"Emotions compared: {', '.join(shared)}. Clips left out, unknown to the models: {unknown}."]
     print(*audit, sep="\n")
     save_table(Path(work.output_dir, "left_out.csv"), whole.left_out, predictor.caveats)
