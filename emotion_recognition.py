@@ -424,27 +424,24 @@ def of_emotions(clips, emotions):
 def find_corpus(cfg):
     """The folder that holds the clips: --ravdess-path, or the first usual place with RAVDESS names in it."""
     path = Path(cfg.ravdess_path)
-    cache = os.environ.get("KAGGLEHUB_CACHE", Path.home() / ".cache" / "kagglehub")
-    usual = path.parent == Path("archive") and "ravdess_path" not in cfg.given
-    places = [path, *[Path("archive"), Path("/kaggle/input"), Path(cache)] * usual]
+    places = [path]
+    if path.parent == Path("archive") and "ravdess_path" not in cfg.given:
+        cache = os.environ.get("KAGGLEHUB_CACHE", Path.home() / ".cache" / "kagglehub")
+        places += [Path("archive"), Path("/kaggle/input"), Path(cache)]
     for place in places:
         if "" in set(list_ravdess(place)["reason"]):
             return place
 
-    # Whoever named a folder hears what is wrong with it, all others where clips were looked for.
-    reasons = {
+    reason, *_ = holding({
         "does not exist": not path.exists(),
         "is a file, not a folder": path.is_file(),
         "is empty": not list(path.glob("*")),
         "holds no clips named like 03-01-05-01-02-01-12.wav": True,
-    }
-    refuse({
-        f"no RAVDESS clips in {', '.join(map(str, places))}: fetch them with --download, or unpack "
-        f"Audio_Speech_Actors_01-24.zip of https://zenodo.org/records/1188976 into {path}, or name their "
-        "folder with --ravdess-path, or try the synthetic corpus with --demo": usual,
-        f"{path} {holding(reasons)[0]}: name a folder of RAVDESS clips with --ravdess-path, or add "
-        "--download": True,
     })
+    searched = ", ".join(map(str, places))
+    raise UserError(f"{path} {reason} (searched: {searched}): fetch RAVDESS with --download, or unpack "
+                    f"Audio_Speech_Actors_01-24.zip of https://zenodo.org/records/1188976 into {path}, or "
+                    "name a folder of its clips with --ravdess-path, or try the synthetic corpus with --demo")
 
 
 def unusable(left_out):
@@ -456,8 +453,8 @@ def unusable(left_out):
     return f"{len(broken)} clips cannot be used (the first, {path}: {reason}); "
 
 
-def audio_files(folder):
-    """The paths of all audio and video files under a folder, links to folders followed once."""
+def audio_files(folder, suffixes=(*AUDIO_SUFFIXES, ".mp4")):
+    """The paths of all files with some suffixes under a folder, links to folders followed once."""
     seen = set()
     for root, folders, files in os.walk(folder, followlinks=True):
         # What --download has not finished is no corpus, nor is what the demo wrote.
@@ -465,7 +462,7 @@ def audio_files(folder):
                       and not name.endswith(UNFINISHED) and (Path(root).name, name) != ("archive", "demo")]
         seen.update(Path(root, name).resolve() for name in [".", *folders])
         paths = (Path(root, file) for file in sorted(files))
-        yield from (path for path in paths if path.suffix.lower() in (*AUDIO_SUFFIXES, ".mp4"))
+        yield from (path for path in paths if path.suffix.lower() in suffixes)
 
 
 def list_ravdess(folder):
@@ -498,40 +495,27 @@ def list_manifest(path):
     advice = "mend it or leave out --manifest"
     table = read_table(path, ["path", "emotion"], ["speaker", "split", "transcript"], advice)
     # Tables come from Windows too, and "Sad " is "sad".
-    clips = table.assign(
-        clip=[PureWindowsPath(text).as_posix() for text in table["path"]],
-        emotion=table["emotion"].str.lower(),
-        actor=table["speaker"],
-        split=table["split"].str.lower())
-    clips["first"] = first_lines(clips["clip"])
-    there = clips.columns[(clips != "").any()]
-    refuse_lines(path, clips, manifest_problems(clips, there), advice)
+    table["path"] = [PureWindowsPath(text).as_posix() for text in table["path"]]
+    table["emotion"], table["split"] = table["emotion"].str.lower(), table["split"].str.lower()
+    used = table.columns[(table != "").any()]
+    refuse_lines(path, table, table["path"], {
+        "it has no path": table["path"] == ".",  # how pathlib writes ""
+        "it has no emotion": table["emotion"] == "",
+        "{emotion!r} is the name of a column in tables of predictions": table["emotion"].isin(RESERVED),
+        "it has no speaker, and other lines have one": (table["speaker"] == "") & ("speaker" in used),
+        f"{{split!r}} is none of {', '.join(SPLITS)}": ~table["split"].isin(SPLITS) & ("split" in used),
+    }, advice)
 
-    clips["emotion"] = pd.Categorical(clips["emotion"], in_label_order(set(clips["emotion"])))
-    refuse({f"{path} has fewer than two emotions to tell apart: {advice}": clips["emotion"].nunique() < 2})
-    clips["path"] = [str(Path(path).parent / clip) for clip in clips["clip"]]
-    clips["actor"] = numbers_if_plain(clips["actor"])
-    optional = [name for name in ("split", "transcript") if name in there]
-    clips = clips[["clip", "path", "emotion", "actor", *optional]].reset_index(drop=True)
-    return clips.assign(reason="")
-
-
-def manifest_problems(clips, there):
-    """What can be wrong with lines of a manifest: {sentence: which lines}; `there` has the columns in use."""
-    return {
-        "it has no path": clips["path"] == "",
-        "it has no emotion": clips["emotion"] == "",
-        "the path of line {first} again": clips["first"] < clips.index,
-        "{emotion!r} is the name of a column in tables of predictions": clips["emotion"].isin(RESERVED),
-        "it has no speaker, and other lines have one": (clips["actor"] == "") & ("actor" in there),
-        f"{{split!r}} is none of {', '.join(SPLITS)}": ~clips["split"].isin(SPLITS) & ("split" in there),
-    }
-
-
-def in_label_order(emotions):
-    """A set of emotions as a list: RAVDESS's first, in their order, then the others by alphabet."""
-    known = [emotion for emotion in EMOTIONS if emotion in emotions]
-    return known + sorted(emotions.difference(known))
+    emotions = dict.fromkeys([*EMOTIONS, *sorted(set(table["emotion"]))])
+    emotion = pd.Categorical(table["emotion"], list(emotions)).remove_unused_categories()
+    refuse({f"{path} has fewer than two emotions to tell apart: {advice}": len(emotion.categories) < 2})
+    files = pd.DataFrame({
+        "clip": table["path"],
+        "path": [str(Path(path).parent / clip) for clip in table["path"]],
+        "emotion": emotion,
+        "actor": numbers_if_plain(table["speaker"])})
+    own = table[used.intersection(["split", "transcript"], sort=False)]
+    return files.join(own).assign(reason="").reset_index(drop=True)
 
 
 def numbers_if_plain(actors):
@@ -543,19 +527,24 @@ def numbers_if_plain(actors):
 
 def read_table(path, needed, optional, advice):
     """The columns of a CSV as stripped texts, indexed by line number. A UserError names a bad line."""
-    header, rows, columns = *parse_csv(path, advice), [*needed, *optional]
-    # What csv lets pass, but would be read as something else than was meant.
-    twice = " and ".join(name for name in columns if header.count(name) > 1)
-    wide = next((number for number, row in rows.items() if len(row) > len(header)), 0)
-    problems = holding({
-        f"has no columns {' and '.join(needed)} in line 1": not set(needed) <= set(header),
-        f"line 1: it names {twice} twice": twice,
-        f"line {wide}: it has more columns than line 1 (quote what has commas)": wide})
-    for problem in problems:
-        raise UserError(f"{path} {problem}: {advice}")
+    try:
+        text = Path(path).read_bytes().decode("utf-8-sig")
+        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+        rows = {reader.line_num: row for row in reader}  # noqa: B035, it counts
+        if "\0" in text:
+            raise ValueError("it has a zero byte")
+    except (OSError, ValueError, csv.Error) as error:
+        raise UserError(f"{path} is not readable as CSV ({error}): {advice}") from error
 
-    table = pd.DataFrame([dict(zip(header, row)) for row in rows.values()], list(rows), dtype=object)
-    table = table.reindex(columns=columns).fillna("").astype(str)
+    # What csv lets pass, but would be read as something else than was meant.
+    columns = [*needed, *optional]
+    named = [name for name in reader.fieldnames or [] if name in columns]
+    wide = next((number for number, row in rows.items() if None in row), 0)
+    refuse({f"{path} line 1 must name the columns {' and '.join(needed)}, and none twice: {advice}":
+            not set(needed) <= set(named) or len(set(named)) < len(named),
+            f"{path} line {wide}: it has more columns than line 1 (quote what has commas): {advice}": wide})
+
+    table = pd.DataFrame(list(rows.values()), list(rows), columns, dtype=object).fillna("").astype(str)
     for name in columns:
         # Line breaks within a cell would break the tables that are written.
         plain = table[name].str.split().str.join(" ")
@@ -563,33 +552,17 @@ def read_table(path, needed, optional, advice):
     return table[(table != "").any(axis=1)]
 
 
-def parse_csv(path, advice):
-    """The column names of a CSV, and its rows {line number: texts}. Raises UserError."""
-    try:
-        text = Path(path).read_bytes().decode("utf-8-sig")
-        reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-        header = next(reader, [])
-        rows = {reader.line_num: row for row in reader}  # noqa: B035, it counts
-        if "\0" in text:
-            raise ValueError("it has a zero byte")
-    except (OSError, ValueError, csv.Error) as error:
-        raise UserError(f"{path} is not readable as CSV ({error}): {advice}") from error
-    return header, rows
+def refuse_lines(path, table, keys, problems, advice):
+    """Raise a UserError for the first line of a table with the key of an earlier one, or with a problem.
 
-
-def refuse_lines(path, table, problems, advice):
-    """Raise a UserError for the first line of a table that has one of {sentence: which lines have it}.
-
-    Columns that a sentence names in braces are those of that line.
+    `problems` maps sentences to the lines that have them; names in braces stand for what a line holds.
     """
-    for sentence, lines in problems.items():
+    first = table.index.to_series().groupby(keys).transform("min")
+    again = {f"the {keys.name} of line {{first}} again": first < table.index}
+    for sentence, lines in (problems | again).items():
         for number in table.index[lines][:1]:
-            raise UserError(f"{path} line {number}: {sentence.format(**table.loc[number])}: {advice}")
-
-
-def first_lines(keys):
-    """The number of the first line (N,) with the same key, for each line of a table."""
-    return pd.Series(keys.index, keys.index).groupby(keys).transform("min")
+            problem = sentence.format(first=first[number], **table.loc[number])
+            raise UserError(f"{path} line {number}: {problem}: {advice}")
 
 
 def load_clips(files, cfg):
@@ -626,10 +599,10 @@ def split_kind(clips, cfg):
     if named and not own:
         return cfg.split
 
-    why = f"{cfg.manifest} has {'a column split' if own else 'no column speaker'}"
+    why = "a column split" if own else "no column speaker"
     asked = "split" in cfg.given and (own or cfg.split == "speaker")
-    refuse({f"{why}, so there are no folds: leave out --folds and --runs": cfg.folds != "0" or cfg.runs > 1,
-            f"{why}: leave out --split {cfg.split}": asked})
+    refuse({f"{cfg.manifest} has {why}: leave out --folds, --runs and --split":
+            cfg.folds != "0" or cfg.runs > 1 or asked})
     # Without names there is no split by speaker.
     if not own:
         return "random"
@@ -645,9 +618,10 @@ def words_kind(clips, cfg):
         return "whisper"
     bank = sentence_bank(cfg.sentences_csv, classes_of(clips))
     lacking = ", ".join(emotion for emotion in classes_of(clips) if emotion not in bank)
-    advice = "choose --sentences-csv or --no-use-simulated-sentences"
-    why = f"no sentences for {lacking}: add a column transcript to {cfg.manifest}, or {advice}"
-    return why if lacking else "simulated"
+    if not lacking:
+        return "simulated"
+    return (f"no sentences for {lacking}: add a column transcript to {cfg.manifest}, or choose "
+            "--sentences-csv or --no-use-simulated-sentences")
 
 
 def caveats_of(split, words, cfg):
@@ -832,13 +806,11 @@ def read_sentences(path, emotions=EMOTIONS):
     """The sentences of a CSV with columns emotion and sentence, by emotion. A UserError names a bad line."""
     advice = "mend it or leave out --sentences-csv"
     table = read_table(path, ["emotion", "sentence"], [], advice)
-    words = table["sentence"].map(words_in).map(" ".join)
-    table["first"] = first_lines(words)
+    words = table["sentence"].map(words_in).map(" ".join)  # what stands twice could cross splits
     known = ", ".join(emotions).replace("{", "{{").replace("}", "}}")
-    refuse_lines(path, table, {
+    refuse_lines(path, table, words, {
         f"{{emotion!r}} is none of {known}": ~table["emotion"].isin([*emotions, *EMOTIONS]),
         "the sentence has no words": words == "<unk>",
-        "the sentence of line {first} again": table["first"] < table.index,  # it could cross splits
     }, advice)
 
     # Sentences for emotions that this corpus lacks are ignored.
@@ -903,24 +875,27 @@ def transcribe(clips, cfg, device):
     return clips.assign(transcript=keys.map(cache))
 
 
+WITHOUT_WHISPER = "leave out --no-use-simulated-sentences, or say with --text what is said"
+
+
 @functools.lru_cache(maxsize=1)
-def load_whisper(name, device, way_out):
+def load_whisper(name, device):
     """(module, model) of --whisper-model, a name (downloaded once) or a checkpoint file. Raises UserError."""
-    whisper = load_package("whisper", f"pip install openai-whisper, or {way_out}")
+    whisper = load_package("whisper", f"pip install openai-whisper, or {WITHOUT_WHISPER}")
     place = {"cuda": "cuda"}.get(device, "cpu")  # Whisper lacks operations of MPS
     try:
         return whisper, whisper.load_model(name, device=place)
     except Exception as error:  # no such name, no network, or a file that is something else
         raise UserError(f"--whisper-model {name} cannot be loaded ({type(error).__name__}): "
-                        f"name a Whisper checkpoint, or {way_out}") from error
+                        f"name a Whisper checkpoint, or {WITHOUT_WHISPER}") from error
 
 
-def transcript_of(source, name, device, way_out="leave out --no-use-simulated-sentences"):
+def transcript_of(source, name, device):
     """What Whisper hears in the first 30 s of a recording, greedily, in English. Raises UserError.
 
     "" where Whisper's own limits say that it made words out of silence.
     """
-    whisper, model = load_whisper(name, device, way_out)
+    whisper, model = load_whisper(name, device)
     wave = whisper.pad_or_trim(load_samples(source, 16000)[0])
     mel = whisper.log_mel_spectrogram(wave, model.dims.n_mels).to(model.device)
     on_gpu = model.device.type == "cuda"
@@ -2955,10 +2930,8 @@ def recordings_in(cfg):
     """The files of --input, a recording or a folder of them. Raises UserError when there are none."""
     path = Path(cfg.input)
     files = [path]
-    if not path.is_file():
-        found = sorted(path.rglob("*")) if cfg.input else []
-        files = [file for file in found if file.suffix.lower() in RECORDINGS
-                 and file.is_file() and not file.name.startswith(".")]
+    if not path.is_file():  # hidden files are notes of the system, such as ._a.wav
+        files = sorted(file for file in audio_files(cfg.input, RECORDINGS) if not file.name.startswith("."))
     reason = "holds no recordings" if path.exists() else "does not exist"
     refuse({f"--input {cfg.input!r} {reason}: name a recording or a folder of them": not files})
     return files
@@ -2975,7 +2948,7 @@ def words_said(path, predictor, cfg):
         return printable(cfg.text), "--text"
     if not (Path(name).is_file() or (cache / f"{name}.pt").exists()):
         return None, "no --text, and no weights of Whisper here: audio alone"
-    text = transcript_of(path, name, predictor.device, "say with --text what is said")
+    text = transcript_of(path, name, predictor.device)
     return text, f"Whisper {cfg.whisper_model}"
 
 

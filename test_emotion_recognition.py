@@ -5790,7 +5790,7 @@ ONE_SENTENCE = {  # what is wrong: (command line, what the sentence must name, h
     "too few sentences": (TABLE, "s.csv has 4 of 5|surprised",
                           lambda _: write_sentences("s.csv", "sad,One more.", last=4)),
     "no sentence table": (TABLE, "s.csv is not readable as CSV|--sentences-csv"),
-    "other columns": (TABLE, "s.csv has no columns emotion and sentence in line 1",
+    "other columns": (TABLE, "s.csv line 1 must name the columns emotion and sentence",
                       lambda _: Path("s.csv").write_text("a,b\n1,2\n")),
     "no Whisper": (f"{WHISPER} base", "whisper does not load|pip install openai-whisper", missing("whisper")),
     "no such Whisper": (f"{WHISPER} no-such", "--whisper-model no-such cannot be loaded|checkpoint"),
@@ -5806,7 +5806,7 @@ ONE_SENTENCE = {  # what is wrong: (command line, what the sentence must name, h
     # Another corpus
     "no manifest": (OWN_CSV, "m.csv is not readable as CSV|--manifest"),
     "manifest, no emotions": (
-        OWN_CSV, "m.csv has no columns path and emotion in line 1|--manifest",
+        OWN_CSV, "m.csv line 1 must name the columns path and emotion|--manifest",
         third("b.wav", header="path,feeling")),
     "manifest, no path": (OWN_CSV, "m.csv line 3|no path|--manifest", third(",sad,1,train")),
     "manifest, no emotion": (OWN_CSV, "m.csv line 3|no emotion", third("b.wav, ,1,train")),
@@ -5821,7 +5821,7 @@ ONE_SENTENCE = {  # what is wrong: (command line, what the sentence must name, h
     "manifest, a column's name": (OWN_CSV, "m.csv line 3|'accuracy'", third("b.wav,Accuracy,1,test")),
     "manifest, a comma too many": (OWN_CSV, "m.csv line 3|quote", third("b.wav,so, so,1,train")),
     "manifest, a column twice": (
-        OWN_CSV, "m.csv line 1|emotion twice|--manifest",
+        OWN_CSV, "m.csv line 1|none twice|--manifest",
         third("b.wav,sad,1,odd", header="path,emotion,speaker,emotion")),
     "manifest, a zero byte": (OWN_CSV, "m.csv|zero byte|--manifest", third("b.wav,sad\0,1,train")),
     "manifest, one emotion": (OWN_CSV, "m.csv|two emotions", third("b.wav,HAPPY,1,train", "happy")),
@@ -5837,13 +5837,13 @@ ONE_SENTENCE = {  # what is wrong: (command line, what the sentence must name, h
     "manifest, runs of a split": (
         f"{OWN_CSV} --runs 2", "m.csv has a column split|--runs", third_of_sound("b.wav,sad,1,train")),
     "manifest, split twice": (
-        f"{OWN_CSV} --split random", "m.csv has a column split|--split random",
+        f"{OWN_CSV} --split random", "m.csv has a column split|--split",
         third_of_sound("b.wav,sad,1,train")),
     "manifest, nobody's folds": (
         f"{OWN_CSV} --folds 1", "m.csv has no column speaker|--folds",
         third_of_sound("b.wav,sad", header="path,emotion,a,b")),
     "manifest, nobody's split": (
-        f"{OWN_CSV} --split speaker", "m.csv has no column speaker|--split speaker",
+        f"{OWN_CSV} --split speaker", "m.csv has no column speaker|--split",
         third_of_sound("b.wav,sad", header="path,emotion,a,b")),
     "manifest, a split empty": (
         "--manifest own/corpus.csv --run-models cnn", "no happy|for validation|--manifest",
