@@ -432,12 +432,9 @@ def find_corpus(cfg):
         if "" in set(list_ravdess(place)["reason"]):
             return place
 
-    reason, *_ = holding({
-        "does not exist": not path.exists(),
-        "is a file, not a folder": path.is_file(),
-        "is empty": not list(path.glob("*")),
-        "holds no clips named like 03-01-05-01-02-01-12.wav": True,
-    })
+    reason = "is no folder"
+    if path.is_dir():
+        reason = "holds no clips named like 03-01-05-01-02-01-12.wav"
     searched = ", ".join(map(str, places))
     raise UserError(f"{path} {reason} (searched: {searched}): fetch RAVDESS with --download, or unpack "
                     f"Audio_Speech_Actors_01-24.zip of https://zenodo.org/records/1188976 into {path}, or "
@@ -802,14 +799,14 @@ def sentence_bank(path="", emotions=EMOTIONS):
     return {emotion: re.split("(?<=[.?]) ", " ".join(text.split())) for emotion, text in SENTENCES.items()}
 
 
-def read_sentences(path, emotions=EMOTIONS):
+def read_sentences(path, emotions):
     """The sentences of a CSV with columns emotion and sentence, by emotion. A UserError names a bad line."""
     advice = "mend it or leave out --sentences-csv"
     table = read_table(path, ["emotion", "sentence"], [], advice)
     words = table["sentence"].map(words_in).map(" ".join)  # what stands twice could cross splits
-    known = ", ".join(emotions).replace("{", "{{").replace("}", "}}")
+    table["known"] = ", ".join(emotions)
     refuse_lines(path, table, words, {
-        f"{{emotion!r}} is none of {known}": ~table["emotion"].isin([*emotions, *EMOTIONS]),
+        "{emotion!r} is none of {known}": ~table["emotion"].isin([*emotions, *EMOTIONS]),
         "the sentence has no words": words == "<unk>",
     }, advice)
 
@@ -2857,9 +2854,8 @@ class Predictor:
         self.caveats = caveats_of_models(self.checkpoints)
 
         # What a training depends on is as that training had it, other settings as the last one.
-        saved = cfg._asdict()
-        for checkpoint in self.checkpoints.values():
-            saved |= checkpoint.settings
+        *_, last = self.checkpoints.values()
+        saved = cfg._asdict() | last.settings
         for checkpoint in self.checkpoints.values():
             saved |= {key: checkpoint.settings[key] for key in checkpoint.fingerprint.keys() & saved}
         trained = set(cfg._fields).difference(FREE, ["test_views"])
@@ -2890,10 +2886,12 @@ class Predictor:
         windows = windows_of(table[:int(len(clip.mel) >= 16 and high - low > 6)], self.cfg)
         return windows.assign(start=windows["start"] + clip.start, end=windows["end"] + clip.start)
 
-    def ask(self, windows, with_words=False):
+    def ask(self, windows):
         """What each system answers for each clip of some windows: probabilities (N, C) by system."""
+        if windows.empty:
+            return {self.first: np.zeros((0, len(self.classes)))}
         # Weights are read when they are first needed: a recording without words needs no text encoder.
-        names = [name for name in self.checkpoints if with_words or not reads_words(name)]
+        names = [name for name in self.checkpoints if "transcript" in windows or not reads_words(name)]
         refuse({f"all models of {self.cfg.output_dir} read words: say with --text what is said, or name a "
                 "table with a column transcript": not names})
         for name in set(names).difference(self.models):
@@ -2901,29 +2899,35 @@ class Predictor:
         log_probs = {name: infer(self.models[name], windows, self.cfg, self.device) for name in names}
         return predict(log_probs, windows, self.calibration, self.cfg)
 
+    def table(self, probabilities):
+        """A DataFrame with a line per row of probabilities (N, C), and what each row `predicted`."""
+        table = pd.DataFrame(probabilities, columns=self.classes)
+        table.insert(0, "predicted", table.idxmax(axis=1).astype(object))
+        return table
+
     def answer(self, windows, text=None):
         """The table of `predict` for the windows of a recording in which `text` is said."""
-        rows, notes = {self.first: [np.nan] * len(self.classes)}, []
-        if len(windows):
-            answers = self.ask(windows.assign(transcript=text), text is not None)
-            rows = {name: probabilities[0] for name, probabilities in answers.items()}
-        for name in rows:
-            models = {name, *SYSTEMS[name].parts} & set(self.checkpoints)
-            oracle = any(self.checkpoints[model].words == "simulated" for model in models)
-            notes.append("trained on simulated sentences" * oracle)
-        table = pd.DataFrame.from_dict(rows, "index", columns=self.classes)
-        table.insert(0, "predicted", table.idxmax(axis=1) if len(windows) else NO_SPEECH)
-        table.index = [SYSTEMS[name].title for name in rows]
-        return table.assign(note=notes).rename_axis("model")
+        if text is not None:
+            windows = windows.assign(transcript=text)
+        answers = self.ask(windows)
+        table = self.table(np.concatenate(list(answers.values())))
+        if table.empty:
+            table.loc[0, "predicted"] = NO_SPEECH
+        table["note"] = list(map(self.note_of, answers))
+        table.index = pd.Index([SYSTEMS[name].title for name in answers], name="model")
+        return table
 
     def course(self, windows):
-        """The table of `predict_over_time` for the windows of a recording."""
-        probabilities = np.zeros((0, len(self.classes)))
-        if len(windows):
-            probabilities = self.ask(windows.assign(clip=windows.index))[self.first]  # each a clip of its own
-        table = pd.DataFrame(probabilities, columns=self.classes)
-        predicted = table.idxmax(axis=1).astype(object).where(windows["voiced"] > 0, NO_SPEECH)
-        return windows[["start", "end", "voiced"]].assign(predicted=predicted).join(table)
+        """The table of `predict_over_time` for the windows of a recording, each of them a clip of its own."""
+        table = self.table(self.ask(windows.assign(clip=windows.index))[self.first])
+        table["predicted"] = table["predicted"].where(windows["voiced"] > 0, NO_SPEECH)
+        return windows[["start", "end", "voiced"]].join(table)
+
+    def note_of(self, name):
+        """What must be said beside the answers of a system; "" if nothing."""
+        models = {name, *SYSTEMS[name].parts} & self.checkpoints.keys()
+        words = [self.checkpoints[model].words for model in models]
+        return "trained on simulated sentences" * ("simulated" in words)
 
 
 def recordings_in(cfg):
@@ -3014,7 +3018,7 @@ def print_answer(lines, classes):
     """One recording on the console: a bar per emotion by the first system, then the others."""
     first, *others = lines
     print(f"\n{first['recording']}: {first['error'] or first['predicted']}")
-    if first["error"] or first["predicted"] == NO_SPEECH:
+    if first["predicted"] not in classes:
         return
     for emotion in sorted(classes, key=first.get, reverse=True):
         print(f"  {emotion:12} {first[emotion]:6.1%}  {'#' * round(40 * first[emotion])}")
@@ -3072,18 +3076,16 @@ def write_demo_encoder(folder):
     if Path(folder, "model.safetensors").exists():
         return
     transformers = load_transformers()
-    import tokenizers
-    words = sorted(set(words_in(" ".join(itertools.chain(*sentence_bank().values())))))
     # A vocabulary of whole words: every sentence of the bank can be read.
-    special = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
-    ids = {token: index for index, token in enumerate([*special.values(), *".,?!'", *words])}
-    tokenizer = tokenizers.BertWordPieceTokenizer(ids, lowercase=True)._tokenizer
+    words = sorted(set(words_in(" ".join(itertools.chain(*sentence_bank().values())))))
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *".,?!'", *words]
     torch.manual_seed(0)
-    config = transformers.DistilBertConfig(vocab_size=len(ids), dim=64, n_layers=2, n_heads=4, hidden_dim=128)
+    config = transformers.DistilBertConfig(vocab_size=len(tokens), dim=64, n_layers=2, n_heads=4,
+                                           hidden_dim=128)
     shutil.rmtree(folder, ignore_errors=True)  # an incomplete one
     with replacing(folder) as temporary:
-        transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(temporary)
         transformers.DistilBertModel(config).save_pretrained(temporary)
+        Path(temporary, "vocab.txt").write_text("\n".join(tokens), encoding="utf-8")
 
 
 def write_demo(cfg):
@@ -3391,7 +3393,7 @@ def elsewhere(predictor, corpus):
     """The predictions of trained models on another corpus, over the emotions that both know."""
     clips, classes = corpus.clips, classes_of(corpus.clips)
     places = [predictor.classes.index(emotion) for emotion in classes]
-    answers = predictor.ask(windows_of(clips, predictor.cfg), corpus.has_words)
+    answers = predictor.ask(windows_of(clips, predictor.cfg))
     for name in answers:
         shares = answers[name][:, places].clip(1e-7)
         answers[name] = shares / shares.sum(axis=1, keepdims=True)
