@@ -2864,18 +2864,33 @@ class Predictor:
     def predict(self, recording, sampling_rate=None, text=None):
         """A DataFrame with a line per system: `predicted`, a probability per emotion, `note`.
 
-        `recording` is a path, or an array of samples with `sampling_rate` in Hz; `text` is what is said, for
-        the systems that read words: without it, those that hear answer alone. The answer to silence is "no
-        speech".
+        `recording` is a path, an array of samples with `sampling_rate` in Hz, or its `windows`; `text` is
+        what is said, for the systems that read words: without it, those that hear answer alone. The answer
+        to silence is "no speech".
         """
-        return self.answer(self.windows(recording, sampling_rate), text)
+        windows = self.windows(recording, sampling_rate)
+        if text is not None:
+            windows = windows.assign(transcript=text)
+        answers = self.ask(windows)
+        table = self.table(np.concatenate(list(answers.values())))
+        if table.empty:
+            table.loc[0, "predicted"] = NO_SPEECH
+        table["note"] = list(map(self.note_of, answers))
+        table.index = pd.Index([SYSTEMS[name].title for name in answers], name="model")
+        return table
 
     def predict_over_time(self, recording, sampling_rate=None):
         """A DataFrame with the first system's answer to each window: `start`, `end` in s, `voiced` 0 to 1."""
-        return self.course(self.windows(recording, sampling_rate))
+        windows = self.windows(recording, sampling_rate)
+        # Each window is a clip of its own.
+        table = self.table(self.ask(windows.assign(clip=windows.index))[self.first])
+        table["predicted"] = table["predicted"].where(windows["voiced"] > 0, NO_SPEECH)
+        return windows[["start", "end", "voiced"]].join(table)
 
     def windows(self, recording, sampling_rate=None):
         """The windows of a recording as `windows_of` makes them; none when there is no speech in it."""
+        if isinstance(recording, pd.DataFrame):  # they are there already
+            return recording
         try:
             clip = load_clip(recording, self.cfg, sampling_rate)
         except Silence:
@@ -2904,24 +2919,6 @@ class Predictor:
         table = pd.DataFrame(probabilities, columns=self.classes)
         table.insert(0, "predicted", table.idxmax(axis=1).astype(object))
         return table
-
-    def answer(self, windows, text=None):
-        """The table of `predict` for the windows of a recording in which `text` is said."""
-        if text is not None:
-            windows = windows.assign(transcript=text)
-        answers = self.ask(windows)
-        table = self.table(np.concatenate(list(answers.values())))
-        if table.empty:
-            table.loc[0, "predicted"] = NO_SPEECH
-        table["note"] = list(map(self.note_of, answers))
-        table.index = pd.Index([SYSTEMS[name].title for name in answers], name="model")
-        return table
-
-    def course(self, windows):
-        """The table of `predict_over_time` for the windows of a recording, each of them a clip of its own."""
-        table = self.table(self.ask(windows.assign(clip=windows.index))[self.first])
-        table["predicted"] = table["predicted"].where(windows["voiced"] > 0, NO_SPEECH)
-        return windows[["start", "end", "voiced"]].join(table)
 
     def note_of(self, name):
         """What must be said beside the answers of a system; "" if nothing."""
@@ -2960,18 +2957,15 @@ def answer_recording(path, name, predictor, cfg):
     """All answers for one recording, a line per system; a long one leaves a table and a plot of its windows.
 
     Columns: recording, error, model, predicted, a probability per emotion, note, text, text_source,
-    over_time (the path of that table).
+    over_time (the path of that table). Raises AudioError.
     """
-    try:
-        windows = predictor.windows(path)
-        text, source = words_said(path, predictor, cfg) if len(windows) else (None, "")
-    except AudioError as error:
-        return pd.DataFrame({"recording": [name], "error": str(error)})
-    over_time = ""
+    windows, text, source, over_time = predictor.windows(path), None, "", ""
+    if len(windows):
+        text, source = words_said(path, predictor, cfg)
     if len(windows) > 1 and not reads_words(predictor.first):
         with only_warning():
-            over_time = save_course(name, predictor.course(windows), predictor, cfg)
-    table = predictor.answer(windows, text).reset_index()
+            over_time = save_course(name, predictor.predict_over_time(windows), predictor, cfg)
+    table = predictor.predict(windows, text=text).reset_index()
     return table.assign(recording=name, error="", text=text, text_source=source, over_time=over_time)
 
 
@@ -2995,17 +2989,18 @@ def predict_phase(cfg):
     refuse_contradictions(cfg, predictor.cfg._asdict(), encoder_of(predictor.checkpoints), cfg.output_dir)
     for file in tqdm(files, "Recordings", disable=len(files) < 2):
         name = printable(file.relative_to(path).as_posix() if path.is_dir() else file.name)
-        tables.append(answer_recording(file, name, predictor, cfg))
+        try:
+            tables.append(answer_recording(file, name, predictor, cfg))
+        except AudioError as error:
+            refuse({f"{path} cannot be used ({error}): name another --input": file == path})
+            tables.append(pd.DataFrame({"recording": [name], "error": str(error)}))
+
     columns = ["recording", "error", "model", "predicted", *predictor.classes, "note", "text", "text_source",
                "over_time"]
     table = pd.concat(tables, ignore_index=True).reindex(columns=columns)
     if path.is_dir():
         with only_warning():
             save_table(Path(cfg.output_dir, "recordings", "predictions.csv"), table, predictor.caveats)
-    else:
-        error = table["error"][0]
-        refuse({f"{path} cannot be used ({error}): name another --input": error})
-
     if cfg.json:
         print(table.to_json(orient="records", indent=1))
         return
@@ -3018,7 +3013,7 @@ def print_answer(lines, classes):
     """One recording on the console: a bar per emotion by the first system, then the others."""
     first, *others = lines
     print(f"\n{first['recording']}: {first['error'] or first['predicted']}")
-    if first["predicted"] not in classes:
+    if first["error"] or first["predicted"] == NO_SPEECH:
         return
     for emotion in sorted(classes, key=first.get, reverse=True):
         print(f"  {emotion:12} {first[emotion]:6.1%}  {'#' * round(40 * first[emotion])}")
