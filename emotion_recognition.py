@@ -369,7 +369,7 @@ class Corpus:
 
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
-NAMES = {  # of files: the first pattern that fits says why it is no clip, "" that it is one
+REASONS = {  # why a file is no clip: that of the first pattern which its name fits; "": it is one
     "other name": r"(?!([0-9]{2}-){6}[0-9]{2}\.[^.]*$)",
     "video": r"(?!03)|.*\.mp4$",
     "song": "03-02",
@@ -432,8 +432,8 @@ def find_corpus(cfg):
         if "" in set(list_ravdess(place)["reason"]):
             return place
 
-    reason = "is no folder"
-    if path.is_dir():
+    reason = "does not exist"
+    if path.exists():
         reason = "holds no clips named like 03-01-05-01-02-01-12.wav"
     searched = ", ".join(map(str, places))
     raise UserError(f"{path} {reason} (searched: {searched}): fetch RAVDESS with --download, or unpack "
@@ -470,7 +470,7 @@ def list_ravdess(folder):
     rows = []
     for path in audio_files(folder):
         name = path.name.lower()
-        reason = next(reason for reason, pattern in NAMES.items() if re.match(pattern, name))
+        reason = next(reason for reason, pattern in REASONS.items() if re.match(pattern, name))
         # What is no clip has the code 0, which says nothing.
         codes = [0] * 7 if reason else map(int, path.stem.split("-"))
         rows.append((path.stem, str(path), reason, *codes))
@@ -480,7 +480,7 @@ def list_ravdess(folder):
     files["emotion"] = pd.Categorical(files["emotion"].map(dict(enumerate(EMOTIONS, 1))), EMOTIONS)
     files["intensity"] = files["intensity"].map({1: "normal", 2: "strong"})
     files["sex"] = files["actor"].mod(2).map({0: "female", 1: "male"})
-    return files[[*"clip path emotion actor intensity statement repetition sex reason".split()]]
+    return files["clip path emotion actor intensity statement repetition sex reason".split()]
 
 
 def list_manifest(path):
@@ -651,10 +651,10 @@ def split_clips(corpus, run):
     """
     clips = corpus.clips
     if corpus.split == "speaker":
-        validation, test = fold_actors(sorted(clips["actor"].unique().tolist()), run.fold)
-        clips = clips.assign(split=dealt(clips["actor"], validation, test))
+        actors = sorted(clips["actor"].unique().tolist())
+        clips = deal(clips, "actor", *fold_actors(actors, run.fold))
     elif corpus.split == "random":
-        clips = clips.assign(split=deal_at_random(clips, run.seed))
+        clips = deal(clips, "digest", *random_digests(clips, run.seed))
     # Under another name, the same bytes may stand on the other side of the split.
     order = clips["split"].map(SPLITS.index)
     clips = clips[order == order.groupby(clips["digest"]).transform("min")].reset_index(drop=True)
@@ -673,9 +673,10 @@ def split_clips(corpus, run):
     return clips
 
 
-def dealt(keys, validation, test):
-    """The names of the splits (N,) of clips whose keys (N,) stand in validation, in test or in neither."""
-    return np.select([keys.isin(test), keys.isin(validation)], ["test", "validation"], "train")
+def deal(clips, key, validation, test):
+    """The clips with the column `split`, dealt by what the column `key` holds; train if it is in neither."""
+    held_out = [clips[key].isin(test), clips[key].isin(validation)]
+    return clips.assign(split=np.select(held_out, ["test", "validation"], "train"))
 
 
 def fold_actors(actors, fold):
@@ -690,18 +691,16 @@ def fold_actors(actors, fold):
     return actors[(fold + 1) % groups::groups], actors[fold::groups]
 
 
-def deal_at_random(clips, seed):
-    """The names of the splits (N,): 70, 15 and 15 % of every emotion's clips, the same bytes together."""
+def random_digests(clips, seed):
+    """(validation, test) digests, 15 % of every emotion's clips each. So the same bytes stay together."""
     from sklearn.model_selection import train_test_split
-    # Bytes are dealt, not clips, so that copies stay together.
     once = clips.drop_duplicates("digest")
-    deal = functools.partial(train_test_split, random_state=seed)
+    part = functools.partial(train_test_split, random_state=seed)
     try:
-        _, rest = deal(once, test_size=0.3, stratify=once["emotion"])
-        validation, test = deal(rest["digest"], test_size=0.5, stratify=rest["emotion"])
+        _, rest = part(once, test_size=0.3, stratify=once["emotion"])
+        return part(rest["digest"], test_size=0.5, stratify=rest["emotion"])
     except ValueError as error:
         raise UserError(f"too few clips of some emotion for --split random ({error})") from error
-    return dealt(clips["digest"], validation, test)
 
 
 # %% 6. Sentences and transcripts

@@ -5673,8 +5673,8 @@ ONE_SENTENCE = {  # what is wrong: (command line, what the sentence must name, h
 
     # The corpus
     "no corpus": ("", f"zenodo.org|--ravdess-path|--demo|{Path(er.RAVDESS_PATH)}|kaggle|--download"),
-    "no such path": ("--ravdess-path nowhere", "nowhere is no folder|--ravdess-path|--download"),
-    "path is a file": ("--ravdess-path it", "it is no folder|--ravdess-path", lambda _: touch(".", "it")),
+    "no such path": ("--ravdess-path nowhere", "nowhere does not exist|--ravdess-path|--download"),
+    "path is a file": ("--ravdess-path it", "it holds no clips|--ravdess-path", lambda _: touch(".", "it")),
     "path is empty": (
         "--ravdess-path none", "none holds no clips|--ravdess-path", lambda _: Path("none").mkdir()),
     "other audio": (
