@@ -352,15 +352,16 @@ def runs_of(cfg):
 class Corpus:
     """A corpus that was read, and all that it decides where settings leave things open.
 
-    `clips` has a row per usable clip, sorted by name: clip, path, emotion (categories in the order of the
-    labels), actor, digest of the file's bytes, mel (T, M), and what else the corpus knows (intensity,
-    statement, repetition, sex, split, transcript). `left_out` has the path of every other file, and the
-    reason. `split` says how clips are dealt: speaker, random, manifest, or shared (the manifest's own, with
-    speakers in several splits or unknown). `words` says where sentences come from: simulated, whisper,
-    manifest, or, when there are none, why. `caveats` is what every page must say.
+    `source` is its folder or table. `clips` has a row per usable clip, sorted by name: clip, path, emotion
+    (categories in the order of the labels), actor, digest of the file's bytes, mel (T, M), and what else the
+    corpus knows (intensity, statement, repetition, sex, split, transcript). `left_out` has the path of every
+    other file, and the reason. `split` says how clips are dealt: speaker, random, manifest, or shared (the
+    manifest's own, with speakers in several splits or unknown). `words` says where sentences come from:
+    simulated, whisper, manifest, or, when there are none, why. `caveats` is what every page must say.
     """
 
     name: str
+    source: str
     clips: pd.DataFrame
     left_out: pd.DataFrame
     split: str
@@ -374,7 +375,13 @@ class Corpus:
 
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
-CLIP_NAME = re.compile("-".join(["([0-9][0-9])"] * 7))  # modality-channel-emotion-intensity-...
+REASONS = {  # why a file is no clip: that of the first pattern which its name fits; "": it is one
+    "other name": r"(?!([0-9]{2}-){6}[0-9]{2}\.[^.]*$)",
+    "video": r"(?!03)|.*\.mp4$",
+    "song": "03-02",
+    "": "03-01-0[1-8]-0[12]-0[12]-0[12]-(?!00)",
+    "a code in its name is none of RAVDESS's": "",
+}
 PASSED_OVER = ["second copy", "song", "video", "other name", "--leave-out"]  # why files are no clips
 UNFINISHED = ".unfinished"  # ends the name of a folder that --download is still filling
 RESERVED = {  # columns of tables: names that no emotion may have
@@ -387,31 +394,31 @@ RESERVED = {  # columns of tables: names that no emotion may have
 def read_corpus(cfg):
     """The corpus that the settings name, with features. Raises UserError."""
     source = cfg.manifest or find_corpus(cfg)
-    listed, left_out = list_manifest(source) if cfg.manifest else list_ravdess(source)
-    listed, dropped = without_emotions(listed, cfg)
-    clips, broken = load_clips(listed, source, cfg)
+    files = list_manifest(source) if cfg.manifest else list_ravdess(source)
+    files = load_clips(without_emotions(files, cfg), cfg)
 
     # A copy under the same name counts once, and a damaged first copy does not hide a good second one.
-    copies = clips[clips.duplicated("clip")].assign(reason="second copy")
-    left_out = pd.concat([left_out, dropped, broken, copies], ignore_index=True)[["path", "reason"]]
-    clips = clips.drop_duplicates("clip").sort_values("clip", ignore_index=True)
-    # Eight emotions that silently become seven would be another task.
-    lacking = [emotion for emotion in classes_of(clips) if emotion not in set(clips["emotion"])]
-    refuse({f"{unusable(left_out)}{source} has no {' and no '.join(lacking)} clip that can be used: complete "
-            f"the folder of --ravdess-path, or go on with --leave-out {','.join(lacking)}":
-            lacking and not cfg.manifest})
+    copies = files.duplicated(["clip", "reason"]) & (files["reason"] == "")
+    files["reason"] = files["reason"].mask(copies, "second copy")
+    usable = files["reason"] == ""
+    clips = files[usable].drop(columns="reason").sort_values("clip", ignore_index=True)
+    left_out = files.loc[~usable, ["path", "reason"]]
+
+    refuse({f"{unusable(left_out)}{source} has no clip that can be used: see --ravdess-path or --manifest":
+            clips.empty})
     split, words = split_kind(clips, cfg), words_kind(clips, cfg)
     name = Path(cfg.manifest).name or "RAVDESS"
-    return Corpus(name, clips, left_out, split, words, caveats_of(split, words, cfg))
+    return Corpus(name, str(source), clips, left_out, split, words, caveats_of(split, words, cfg))
 
 
-def without_emotions(listed, cfg):
-    """(listed clips without the emotions of --leave-out, those with the reason). Raises UserError."""
-    classes, unwanted = classes_of(listed), names_in(cfg.leave_out)
+def without_emotions(files, cfg):
+    """The listed files without the classes of --leave-out, which is the reason of their clips. Raises."""
+    classes, unwanted = classes_of(files), names_in(cfg.leave_out)
     wanted = [emotion for emotion in classes if emotion not in unwanted]
     refuse({f"--leave-out {cfg.leave_out} is not a list out of {', '.join(classes)} that leaves two and more":
             not set(unwanted) <= set(classes) or len(wanted) < 2})
-    return of_emotions(listed, wanted), listed[listed["emotion"].isin(unwanted)].assign(reason="--leave-out")
+    reasons = files["reason"].mask(files["emotion"].isin(unwanted), "--leave-out")
+    return files.assign(emotion=files["emotion"].cat.set_categories(wanted), reason=reasons)
 
 
 def of_emotions(clips, emotions):
@@ -423,27 +430,21 @@ def of_emotions(clips, emotions):
 def find_corpus(cfg):
     """The folder that holds the clips: --ravdess-path, or the first usual place with RAVDESS names in it."""
     path = Path(cfg.ravdess_path)
-    cache = os.environ.get("KAGGLEHUB_CACHE", Path.home() / ".cache" / "kagglehub")
-    usual = path.parent == Path("archive") and "ravdess_path" not in cfg.given
-    places = [path, *[Path("archive"), Path("/kaggle/input"), Path(cache)] * usual]
+    places = [path]
+    if path.parent == Path("archive") and "ravdess_path" not in cfg.given:
+        cache = os.environ.get("KAGGLEHUB_CACHE", Path.home() / ".cache" / "kagglehub")
+        places += [Path("archive"), Path("/kaggle/input"), Path(cache)]
     for place in places:
-        if len(list_ravdess(place)[0]):
+        if "" in set(list_ravdess(place)["reason"]):
             return place
 
-    # Whoever named a folder hears what is wrong with it, all others where clips were looked for.
-    reasons = {
-        "does not exist": not path.exists(),
-        "is a file, not a folder": path.is_file(),
-        "is empty": not list(path.glob("*")),
-        "holds no clips named like 03-01-05-01-02-01-12.wav": True,
-    }
-    refuse({
-        f"no RAVDESS clips in {', '.join(map(str, places))}: fetch them with --download, or unpack "
-        f"Audio_Speech_Actors_01-24.zip of https://zenodo.org/records/1188976 into {path}, or name their "
-        "folder with --ravdess-path, or try the synthetic corpus with --demo": usual,
-        f"{path} {holding(reasons)[0]}: name a folder of RAVDESS clips with --ravdess-path, or add "
-        "--download": True,
-    })
+    reason = "does not exist"
+    if path.exists():
+        reason = "holds no clips named like 03-01-05-01-02-01-12.wav"
+    searched = ", ".join(map(str, places))
+    raise UserError(f"{path} {reason} (searched: {searched}): fetch RAVDESS with --download, or unpack "
+                    f"Audio_Speech_Actors_01-24.zip of https://zenodo.org/records/1188976 into {path}, or "
+                    "name a folder of its clips with --ravdess-path, or try the synthetic corpus with --demo")
 
 
 def unusable(left_out):
@@ -455,8 +456,8 @@ def unusable(left_out):
     return f"{len(broken)} clips cannot be used (the first, {path}: {reason}); "
 
 
-def audio_files(folder):
-    """The paths of all audio and video files under a folder, links to folders followed once."""
+def audio_files(folder, suffixes=(*AUDIO_SUFFIXES, ".mp4")):
+    """The paths of all files with some suffixes under a folder, links to folders followed once."""
     seen = set()
     for root, folders, files in os.walk(folder, followlinks=True):
         # What --download has not finished is no corpus, nor is what the demo wrote.
@@ -464,37 +465,32 @@ def audio_files(folder):
                       and not name.endswith(UNFINISHED) and (Path(root).name, name) != ("archive", "demo")]
         seen.update(Path(root, name).resolve() for name in [".", *folders])
         paths = (Path(root, file) for file in sorted(files))
-        yield from (path for path in paths if path.suffix.lower() in (*AUDIO_SUFFIXES, ".mp4"))
+        yield from (path for path in paths if path.suffix.lower() in suffixes)
 
 
 def list_ravdess(folder):
-    """The speech clips under a folder by their names: (clips, other files with the reason).
+    """All audio files under a folder, as speech clips by their names; `reason` says which are none, and why.
 
-    Clips have the columns clip, path, emotion, actor, intensity, statement, repetition, sex.
+    Columns: clip, path, emotion, actor, intensity, statement, repetition, sex, reason ("" for clips).
     """
-    clips, left_out = [], []
+    rows = []
     for path in audio_files(folder):
-        name = CLIP_NAME.fullmatch(path.stem)
-        modality, channel, emotion, *ones_and_twos, actor = map(int, name.groups() if name else [0] * 7)
-        known = channel == 1 and 1 <= emotion <= 8 and {*ones_and_twos} <= {1, 2} and actor
-        reasons = holding({
-            "other name": not name,
-            "video": modality != 3 or path.suffix.lower() == ".mp4",
-            "song": channel == 2,
-            "a code in its name is none of RAVDESS's": not known})
-        left_out += [(str(path), reason) for reason in reasons[:1]]
-        clips += [(path.stem, str(path), emotion - 1, actor, *ones_and_twos)] * (not reasons)
+        name = path.name.lower()
+        reason = next(reason for reason, pattern in REASONS.items() if re.match(pattern, name))
+        # What is no clip has the code 0, which says nothing.
+        codes = [0] * 7 if reason else map(int, path.stem.split("-"))
+        rows.append((path.stem, str(path), reason, *codes))
 
-    columns = "clip path emotion actor intensity statement repetition".split()
-    clips = pd.DataFrame(clips, columns=columns)
-    clips["emotion"] = pd.Categorical.from_codes(clips["emotion"].astype(int), EMOTIONS)
-    clips["intensity"] = clips["intensity"].map({1: "normal", 2: "strong"})
-    clips["sex"] = clips["actor"].mod(2).map({0: "female", 1: "male"})
-    return clips, pd.DataFrame(left_out, columns=["path", "reason"])
+    codes = "modality channel emotion intensity statement repetition actor".split()
+    files = pd.DataFrame(rows, columns=["clip", "path", "reason", *codes])
+    files["emotion"] = pd.Categorical(files["emotion"].map(dict(enumerate(EMOTIONS, 1))), EMOTIONS)
+    files["intensity"] = files["intensity"].map({1: "normal", 2: "strong"})
+    files["sex"] = files["actor"].mod(2).map({0: "female", 1: "male"})
+    return files["clip path emotion actor intensity statement repetition sex reason".split()]
 
 
 def list_manifest(path):
-    """The clips that a table lists: (clips, no files left out), as of `list_ravdess`.
+    """The clips that a table lists, as `list_ravdess` has them.
 
     Relative paths start in the table's folder. Emotions are the table's own, RAVDESS's first; a column
     speaker, split or transcript that is empty throughout counts as absent. A UserError names a bad line.
@@ -502,39 +498,27 @@ def list_manifest(path):
     advice = "mend it or leave out --manifest"
     table = read_table(path, ["path", "emotion"], ["speaker", "split", "transcript"], advice)
     # Tables come from Windows too, and "Sad " is "sad".
-    clips = table.assign(
-        clip=[PureWindowsPath(text).as_posix() for text in table["path"]],
-        emotion=table["emotion"].str.lower(),
-        actor=table["speaker"],
-        split=table["split"].str.lower())
-    clips["first"] = first_lines(clips["clip"])
-    there = clips.columns[(clips != "").any()]
-    refuse_lines(path, clips, manifest_problems(clips, there), advice)
+    table["path"] = [PureWindowsPath(text).as_posix() for text in table["path"]]
+    table["emotion"], table["split"] = table["emotion"].str.lower(), table["split"].str.lower()
+    used = table.columns[(table != "").any()]
+    refuse_lines(path, table, table["path"], {
+        "it has no path": table["path"] == ".",  # how pathlib writes ""
+        "it has no emotion": table["emotion"] == "",
+        "{emotion!r} is the name of a column in tables of predictions": table["emotion"].isin(RESERVED),
+        "it has no speaker, and other lines have one": (table["speaker"] == "") & ("speaker" in used),
+        f"{{split!r}} is none of {', '.join(SPLITS)}": ~table["split"].isin(SPLITS) & ("split" in used),
+    }, advice)
 
-    clips["emotion"] = pd.Categorical(clips["emotion"], in_label_order(set(clips["emotion"])))
-    refuse({f"{path} has fewer than two emotions to tell apart: {advice}": clips["emotion"].nunique() < 2})
-    clips["path"] = [str(Path(path).parent / clip) for clip in clips["clip"]]
-    clips["actor"] = numbers_if_plain(clips["actor"])
-    optional = [name for name in ("split", "transcript") if name in there]
-    return clips[["clip", "path", "emotion", "actor", *optional]].reset_index(drop=True), pd.DataFrame()
-
-
-def manifest_problems(clips, there):
-    """What can be wrong with lines of a manifest: {sentence: which lines}; `there` has the columns in use."""
-    return {
-        "it has no path": clips["path"] == "",
-        "it has no emotion": clips["emotion"] == "",
-        "the path of line {first} again": clips["first"] < clips.index,
-        "{emotion!r} is the name of a column in tables of predictions": clips["emotion"].isin(RESERVED),
-        "it has no speaker, and other lines have one": (clips["actor"] == "") & ("actor" in there),
-        f"{{split!r}} is none of {', '.join(SPLITS)}": ~clips["split"].isin(SPLITS) & ("split" in there),
-    }
-
-
-def in_label_order(emotions):
-    """A set of emotions as a list: RAVDESS's first, in their order, then the others by alphabet."""
-    known = [emotion for emotion in EMOTIONS if emotion in emotions]
-    return known + sorted(emotions.difference(known))
+    emotions = dict.fromkeys([*EMOTIONS, *sorted(set(table["emotion"]))])
+    emotion = pd.Categorical(table["emotion"], list(emotions)).remove_unused_categories()
+    refuse({f"{path} has fewer than two emotions to tell apart: {advice}": len(emotion.categories) < 2})
+    files = pd.DataFrame({
+        "clip": table["path"],
+        "path": [str(Path(path).parent / clip) for clip in table["path"]],
+        "emotion": emotion,
+        "actor": numbers_if_plain(table["speaker"])})
+    own = table[used.intersection(["split", "transcript"], sort=False)]
+    return files.join(own).assign(reason="").reset_index(drop=True)
 
 
 def numbers_if_plain(actors):
@@ -546,19 +530,24 @@ def numbers_if_plain(actors):
 
 def read_table(path, needed, optional, advice):
     """The columns of a CSV as stripped texts, indexed by line number. A UserError names a bad line."""
-    header, rows, columns = *parse_csv(path, advice), [*needed, *optional]
-    # What csv lets pass, but would be read as something else than was meant.
-    twice = " and ".join(name for name in columns if header.count(name) > 1)
-    wide = next((number for number, row in rows.items() if len(row) > len(header)), 0)
-    problems = holding({
-        f"has no columns {' and '.join(needed)} in line 1": not set(needed) <= set(header),
-        f"line 1: it names {twice} twice": twice,
-        f"line {wide}: it has more columns than line 1 (quote what has commas)": wide})
-    for problem in problems:
-        raise UserError(f"{path} {problem}: {advice}")
+    try:
+        text = Path(path).read_bytes().decode("utf-8-sig")
+        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+        rows = {reader.line_num: row for row in reader}  # noqa: B035, it counts
+        if "\0" in text:
+            raise ValueError("it has a zero byte")
+    except (OSError, ValueError, csv.Error) as error:
+        raise UserError(f"{path} is not readable as CSV ({error}): {advice}") from error
 
-    table = pd.DataFrame([dict(zip(header, row)) for row in rows.values()], list(rows), dtype=object)
-    table = table.reindex(columns=columns).fillna("").astype(str)
+    # What csv lets pass, but would be read as something else than was meant.
+    columns = [*needed, *optional]
+    named = [name for name in reader.fieldnames or [] if name in columns]
+    wide = next((number for number, row in rows.items() if None in row), 0)
+    refuse({f"{path} line 1 must name the columns {' and '.join(needed)}, and none twice: {advice}":
+            not set(needed) <= set(named) or len(set(named)) < len(named),
+            f"{path} line {wide}: it has more columns than line 1 (quote what has commas): {advice}": wide})
+
+    table = pd.DataFrame(list(rows.values()), list(rows), columns, dtype=object).fillna("").astype(str)
     for name in columns:
         # Line breaks within a cell would break the tables that are written.
         plain = table[name].str.split().str.join(" ")
@@ -566,52 +555,34 @@ def read_table(path, needed, optional, advice):
     return table[(table != "").any(axis=1)]
 
 
-def parse_csv(path, advice):
-    """The column names of a CSV, and its rows {line number: texts}. Raises UserError."""
-    try:
-        text = Path(path).read_bytes().decode("utf-8-sig")
-        reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-        header = next(reader, [])
-        rows = {reader.line_num: row for row in reader}  # noqa: B035, it counts
-        if "\0" in text:
-            raise ValueError("it has a zero byte")
-    except (OSError, ValueError, csv.Error) as error:
-        raise UserError(f"{path} is not readable as CSV ({error}): {advice}") from error
-    return header, rows
+def refuse_lines(path, table, keys, problems, advice):
+    """Raise a UserError for the first line of a table with the key of an earlier one, or with a problem.
 
-
-def refuse_lines(path, table, problems, advice):
-    """Raise a UserError for the first line of a table that has one of {sentence: which lines have it}.
-
-    Columns that a sentence names in braces are those of that line.
+    `problems` maps sentences to the lines that have them; names in braces stand for what a line holds.
     """
-    for sentence, lines in problems.items():
+    first = table.index.to_series().groupby(keys).transform("min")
+    again = {f"the {keys.name} of line {{first}} again": first < table.index}
+    for sentence, lines in (problems | again).items():
         for number in table.index[lines][:1]:
-            raise UserError(f"{path} line {number}: {sentence.format(**table.loc[number])}: {advice}")
+            problem = sentence.format(first=first[number], **table.loc[number])
+            raise UserError(f"{path} line {number}: {problem}: {advice}")
 
 
-def first_lines(keys):
-    """The number of the first line (N,) with the same key, for each line of a table."""
-    return pd.Series(keys.index, keys.index).groupby(keys).transform("min")
-
-
-def load_clips(listed, source, cfg):
-    """(listed clips with `digest` and `mel`, those that cannot be used with the reason). Raises UserError."""
+def load_clips(files, cfg):
+    """The listed files with `mel` and `digest` of their clips, or the reason why a clip cannot be used."""
     def load(path):
-        """A Clip and "", or an empty one and why it cannot be used."""
+        """What is known of a clip, or the reason."""
         try:
-            return *load_clip(path, cfg), ""
+            return {"reason": "", **load_clip(path, cfg)._asdict()}
         except AudioError as error:
-            return None, 0.0, "", str(error)
+            return {"reason": str(error)}
 
     load_torchaudio()  # now, so that an installation that does not work is one sentence
-    loaded = in_parallel(load, listed["path"], "Reading clips")
-    loaded = pd.DataFrame(loaded, columns=["mel", "start", "digest", "reason"])
-    clips = listed.join(loaded.drop(columns="start"))
-    usable, first = clips["reason"] == "", clips.iloc[0]
-    refuse({f"none of the {len(clips)} clips in {source} can be used (the first, {first['path']}: "
-            f"{first['reason']}): see --ravdess-path or --manifest": not usable.any()})
-    return clips[usable].drop(columns="reason"), clips[~usable]
+    paths = files.loc[files["reason"] == "", "path"]
+    loaded = in_parallel(load, paths, "Reading clips")
+    loaded = pd.DataFrame(loaded, paths.index, ["reason", "mel", "digest"])
+    files.loc[paths.index, "reason"] = loaded.pop("reason")
+    return files.join(loaded)
 
 
 def in_parallel(function, items, title):
@@ -631,10 +602,10 @@ def split_kind(clips, cfg):
     if named and not own:
         return cfg.split
 
-    why = f"{cfg.manifest} has {'a column split' if own else 'no column speaker'}"
+    why = "a column split" if own else "no column speaker"
     asked = "split" in cfg.given and (own or cfg.split == "speaker")
-    refuse({f"{why}, so there are no folds: leave out --folds and --runs": cfg.folds != "0" or cfg.runs > 1,
-            f"{why}: leave out --split {cfg.split}": asked})
+    refuse({f"{cfg.manifest} has {why}: leave out --folds, --runs and --split":
+            cfg.folds != "0" or cfg.runs > 1 or asked})
     # Without names there is no split by speaker.
     if not own:
         return "random"
@@ -650,9 +621,10 @@ def words_kind(clips, cfg):
         return "whisper"
     bank = sentence_bank(cfg.sentences_csv, classes_of(clips))
     lacking = ", ".join(emotion for emotion in classes_of(clips) if emotion not in bank)
-    advice = "choose --sentences-csv or --no-use-simulated-sentences"
-    why = f"no sentences for {lacking}: add a column transcript to {cfg.manifest}, or {advice}"
-    return why if lacking else "simulated"
+    if not lacking:
+        return "simulated"
+    return (f"no sentences for {lacking}: add a column transcript to {cfg.manifest}, or choose "
+            "--sentences-csv or --no-use-simulated-sentences")
 
 
 def caveats_of(split, words, cfg):
@@ -685,28 +657,32 @@ def split_clips(corpus, run):
     """
     clips = corpus.clips
     if corpus.split == "speaker":
-        validation, test = fold_actors(sorted(clips["actor"].unique().tolist()), run.fold)
-        clips = clips.assign(split=dealt(clips["actor"], validation, test))
+        actors = sorted(clips["actor"].unique().tolist())
+        clips = deal(clips, "actor", *fold_actors(actors, run.fold))
     elif corpus.split == "random":
-        clips = clips.assign(split=deal_at_random(clips, run.seed))
+        clips = deal(clips, "digest", *random_digests(clips, run.seed))
     # Under another name, the same bytes may stand on the other side of the split.
     order = clips["split"].map(SPLITS.index)
     clips = clips[order == order.groupby(clips["digest"]).transform("min")].reset_index(drop=True)
 
+    # Eight emotions that silently become seven would be another task.
     used = set(zip(clips["emotion"], clips["split"]))
-    for emotion, split in itertools.product(classes_of(clips), SPLITS):
-        there = of_emotions(corpus.clips, [emotion])
+    lacking = [pair for pair in itertools.product(classes_of(clips), SPLITS) if pair not in used]
+    for emotion, split in lacking[:1]:
+        there = corpus.clips.query("emotion == @emotion")
         first = "".join(there["path"][:1]) or "none"
-        refuse({f"{unusable(corpus.left_out)}no {emotion} clip is left for {split}, of {len(there)} by "
-                f"{there['actor'].nunique()} speakers (the first: {first}): complete the folder of "
-                "--ravdess-path, or --manifest, choose other --folds, or go on with --leave-out "
-                f"{emotion}": (emotion, split) not in used})
+        every = ",".join(dict.fromkeys(emotion for emotion, _ in lacking))
+        raise UserError(f"{unusable(corpus.left_out)}no {emotion} clip is left for {split}, of {len(there)} "
+                        f"by {there['actor'].nunique()} speakers (the first: {first}): complete "
+                        f"{corpus.source} (see --ravdess-path and --manifest), choose other --folds, or go "
+                        f"on with --leave-out {every}")
     return clips
 
 
-def dealt(keys, validation, test):
-    """The names of the splits (N,) of clips whose keys (N,) stand in validation, in test or in neither."""
-    return np.select([keys.isin(test), keys.isin(validation)], ["test", "validation"], "train")
+def deal(clips, key, validation, test):
+    """The clips with the column `split`, dealt by what the column `key` holds; train if it is in neither."""
+    held_out = [clips[key].isin(test), clips[key].isin(validation)]
+    return clips.assign(split=np.select(held_out, ["test", "validation"], "train"))
 
 
 def fold_actors(actors, fold):
@@ -721,18 +697,16 @@ def fold_actors(actors, fold):
     return actors[(fold + 1) % groups::groups], actors[fold::groups]
 
 
-def deal_at_random(clips, seed):
-    """The names of the splits (N,): 70, 15 and 15 % of every emotion's clips, the same bytes together."""
+def random_digests(clips, seed):
+    """(validation, test) digests, 15 % of every emotion's clips each. So the same bytes stay together."""
     from sklearn.model_selection import train_test_split
-    # Bytes are dealt, not clips, so that copies stay together.
     once = clips.drop_duplicates("digest")
-    deal = functools.partial(train_test_split, random_state=seed)
+    part = functools.partial(train_test_split, random_state=seed)
     try:
-        _, rest = deal(once, test_size=0.3, stratify=once["emotion"])
-        validation, test = deal(rest["digest"], test_size=0.5, stratify=rest["emotion"])
+        _, rest = part(once, test_size=0.3, stratify=once["emotion"])
+        return part(rest["digest"], test_size=0.5, stratify=rest["emotion"])
     except ValueError as error:
         raise UserError(f"too few clips of some emotion for --split random ({error})") from error
-    return dealt(clips["digest"], validation, test)
 
 
 # %% 6. Sentences and transcripts
@@ -830,17 +804,15 @@ def sentence_bank(path="", emotions=EMOTIONS):
     return {emotion: re.split("(?<=[.?]) ", " ".join(text.split())) for emotion, text in SENTENCES.items()}
 
 
-def read_sentences(path, emotions=EMOTIONS):
+def read_sentences(path, emotions):
     """The sentences of a CSV with columns emotion and sentence, by emotion. A UserError names a bad line."""
     advice = "mend it or leave out --sentences-csv"
     table = read_table(path, ["emotion", "sentence"], [], advice)
-    words = table["sentence"].map(words_in).map(" ".join)
-    table["first"] = first_lines(words)
-    known = ", ".join(emotions).replace("{", "{{").replace("}", "}}")
-    refuse_lines(path, table, {
-        f"{{emotion!r}} is none of {known}": ~table["emotion"].isin([*emotions, *EMOTIONS]),
+    words = table["sentence"].map(words_in).map(" ".join)  # what stands twice could cross splits
+    table["known"] = ", ".join(emotions)
+    refuse_lines(path, table, words, {
+        "{emotion!r} is none of {known}": ~table["emotion"].isin([*emotions, *EMOTIONS]),
         "the sentence has no words": words == "<unk>",
-        "the sentence of line {first} again": table["first"] < table.index,  # it could cross splits
     }, advice)
 
     # Sentences for emotions that this corpus lacks are ignored.
@@ -905,24 +877,27 @@ def transcribe(clips, cfg, device):
     return clips.assign(transcript=keys.map(cache))
 
 
+WITHOUT_WHISPER = "leave out --no-use-simulated-sentences, or say with --text what is said"
+
+
 @functools.lru_cache(maxsize=1)
-def load_whisper(name, device, way_out):
+def load_whisper(name, device):
     """(module, model) of --whisper-model, a name (downloaded once) or a checkpoint file. Raises UserError."""
-    whisper = load_package("whisper", f"pip install openai-whisper, or {way_out}")
+    whisper = load_package("whisper", f"pip install openai-whisper, or {WITHOUT_WHISPER}")
     place = {"cuda": "cuda"}.get(device, "cpu")  # Whisper lacks operations of MPS
     try:
         return whisper, whisper.load_model(name, device=place)
     except Exception as error:  # no such name, no network, or a file that is something else
         raise UserError(f"--whisper-model {name} cannot be loaded ({type(error).__name__}): "
-                        f"name a Whisper checkpoint, or {way_out}") from error
+                        f"name a Whisper checkpoint, or {WITHOUT_WHISPER}") from error
 
 
-def transcript_of(source, name, device, way_out="leave out --no-use-simulated-sentences"):
+def transcript_of(source, name, device):
     """What Whisper hears in the first 30 s of a recording, greedily, in English. Raises UserError.
 
     "" where Whisper's own limits say that it made words out of silence.
     """
-    whisper, model = load_whisper(name, device, way_out)
+    whisper, model = load_whisper(name, device)
     wave = whisper.pad_or_trim(load_samples(source, 16000)[0])
     mel = whisper.log_mel_spectrogram(wave, model.dims.n_mels).to(model.device)
     on_gpu = model.device.type == "cuda"
@@ -2885,9 +2860,8 @@ class Predictor:
         self.caveats = caveats_of_models(self.checkpoints)
 
         # What a training depends on is as that training had it, other settings as the last one.
-        saved = cfg._asdict()
-        for checkpoint in self.checkpoints.values():
-            saved |= checkpoint.settings
+        *_, last = self.checkpoints.values()
+        saved = cfg._asdict() | last.settings
         for checkpoint in self.checkpoints.values():
             saved |= {key: checkpoint.settings[key] for key in checkpoint.fingerprint.keys() & saved}
         trained = set(cfg._fields).difference(FREE, ["test_views"])
@@ -2896,18 +2870,33 @@ class Predictor:
     def predict(self, recording, sampling_rate=None, text=None):
         """A DataFrame with a line per system: `predicted`, a probability per emotion, `note`.
 
-        `recording` is a path, or an array of samples with `sampling_rate` in Hz; `text` is what is said, for
-        the systems that read words: without it, those that hear answer alone. The answer to silence is "no
-        speech".
+        `recording` is a path, an array of samples with `sampling_rate` in Hz, or its `windows`; `text` is
+        what is said, for the systems that read words: without it, those that hear answer alone. The answer
+        to silence is "no speech".
         """
-        return self.answer(self.windows(recording, sampling_rate), text)
+        windows = self.windows(recording, sampling_rate)
+        if text is not None:
+            windows = windows.assign(transcript=text)
+        answers = self.ask(windows)
+        table = self.table(np.concatenate(list(answers.values())))
+        if table.empty:
+            table.loc[0, "predicted"] = NO_SPEECH
+        table["note"] = list(map(self.note_of, answers))
+        table.index = pd.Index([SYSTEMS[name].title for name in answers], name="model")
+        return table
 
     def predict_over_time(self, recording, sampling_rate=None):
         """A DataFrame with the first system's answer to each window: `start`, `end` in s, `voiced` 0 to 1."""
-        return self.course(self.windows(recording, sampling_rate))
+        windows = self.windows(recording, sampling_rate)
+        # Each window is a clip of its own.
+        table = self.table(self.ask(windows.assign(clip=windows.index))[self.first])
+        table["predicted"] = table["predicted"].where(windows["voiced"] > 0, NO_SPEECH)
+        return windows[["start", "end", "voiced"]].join(table)
 
     def windows(self, recording, sampling_rate=None):
         """The windows of a recording as `windows_of` makes them; none when there is no speech in it."""
+        if isinstance(recording, pd.DataFrame):  # they are there already
+            return recording
         try:
             clip = load_clip(recording, self.cfg, sampling_rate)
         except Silence:
@@ -2918,10 +2907,12 @@ class Predictor:
         windows = windows_of(table[:int(len(clip.mel) >= 16 and high - low > 6)], self.cfg)
         return windows.assign(start=windows["start"] + clip.start, end=windows["end"] + clip.start)
 
-    def ask(self, windows, with_words=False):
+    def ask(self, windows):
         """What each system answers for each clip of some windows: probabilities (N, C) by system."""
+        if windows.empty:
+            return {self.first: np.zeros((0, len(self.classes)))}
         # Weights are read when they are first needed: a recording without words needs no text encoder.
-        names = [name for name in self.checkpoints if with_words or not reads_words(name)]
+        names = [name for name in self.checkpoints if "transcript" in windows or not reads_words(name)]
         refuse({f"all models of {self.cfg.output_dir} read words: say with --text what is said, or name a "
                 "table with a column transcript": not names})
         for name in set(names).difference(self.models):
@@ -2929,39 +2920,25 @@ class Predictor:
         log_probs = {name: infer(self.models[name], windows, self.cfg, self.device) for name in names}
         return predict(log_probs, windows, self.calibration, self.cfg)
 
-    def answer(self, windows, text=None):
-        """The table of `predict` for the windows of a recording in which `text` is said."""
-        rows, notes = {self.first: [np.nan] * len(self.classes)}, []
-        if len(windows):
-            answers = self.ask(windows.assign(transcript=text), text is not None)
-            rows = {name: probabilities[0] for name, probabilities in answers.items()}
-        for name in rows:
-            models = {name, *SYSTEMS[name].parts} & set(self.checkpoints)
-            oracle = any(self.checkpoints[model].words == "simulated" for model in models)
-            notes.append("trained on simulated sentences" * oracle)
-        table = pd.DataFrame.from_dict(rows, "index", columns=self.classes)
-        table.insert(0, "predicted", table.idxmax(axis=1) if len(windows) else NO_SPEECH)
-        table.index = [SYSTEMS[name].title for name in rows]
-        return table.assign(note=notes).rename_axis("model")
-
-    def course(self, windows):
-        """The table of `predict_over_time` for the windows of a recording."""
-        probabilities = np.zeros((0, len(self.classes)))
-        if len(windows):
-            probabilities = self.ask(windows.assign(clip=windows.index))[self.first]  # each a clip of its own
+    def table(self, probabilities):
+        """A DataFrame with a line per row of probabilities (N, C), and what each row `predicted`."""
         table = pd.DataFrame(probabilities, columns=self.classes)
-        predicted = table.idxmax(axis=1).astype(object).where(windows["voiced"] > 0, NO_SPEECH)
-        return windows[["start", "end", "voiced"]].assign(predicted=predicted).join(table)
+        table.insert(0, "predicted", table.idxmax(axis=1).astype(object))
+        return table
+
+    def note_of(self, name):
+        """What must be said beside the answers of a system; "" if nothing."""
+        models = {name, *SYSTEMS[name].parts} & self.checkpoints.keys()
+        words = [self.checkpoints[model].words for model in models]
+        return "trained on simulated sentences" * ("simulated" in words)
 
 
 def recordings_in(cfg):
     """The files of --input, a recording or a folder of them. Raises UserError when there are none."""
     path = Path(cfg.input)
     files = [path]
-    if not path.is_file():
-        found = sorted(path.rglob("*")) if cfg.input else []
-        files = [file for file in found if file.suffix.lower() in RECORDINGS
-                 and file.is_file() and not file.name.startswith(".")]
+    if not path.is_file():  # hidden files are notes of the system, such as ._a.wav
+        files = sorted(file for file in audio_files(cfg.input, RECORDINGS) if not file.name.startswith("."))
     reason = "holds no recordings" if path.exists() else "does not exist"
     refuse({f"--input {cfg.input!r} {reason}: name a recording or a folder of them": not files})
     return files
@@ -2978,7 +2955,7 @@ def words_said(path, predictor, cfg):
         return printable(cfg.text), "--text"
     if not (Path(name).is_file() or (cache / f"{name}.pt").exists()):
         return None, "no --text, and no weights of Whisper here: audio alone"
-    text = transcript_of(path, name, predictor.device, "say with --text what is said")
+    text = transcript_of(path, name, predictor.device)
     return text, f"Whisper {cfg.whisper_model}"
 
 
@@ -2986,18 +2963,15 @@ def answer_recording(path, name, predictor, cfg):
     """All answers for one recording, a line per system; a long one leaves a table and a plot of its windows.
 
     Columns: recording, error, model, predicted, a probability per emotion, note, text, text_source,
-    over_time (the path of that table).
+    over_time (the path of that table). Raises AudioError.
     """
-    try:
-        windows = predictor.windows(path)
-        text, source = words_said(path, predictor, cfg) if len(windows) else (None, "")
-    except AudioError as error:
-        return pd.DataFrame({"recording": [name], "error": str(error)})
-    over_time = ""
+    windows, text, source, over_time = predictor.windows(path), None, "", ""
+    if len(windows):
+        text, source = words_said(path, predictor, cfg)
     if len(windows) > 1 and not reads_words(predictor.first):
         with only_warning():
-            over_time = save_course(name, predictor.course(windows), predictor, cfg)
-    table = predictor.answer(windows, text).reset_index()
+            over_time = save_course(name, predictor.predict_over_time(windows), predictor, cfg)
+    table = predictor.predict(windows, text=text).reset_index()
     return table.assign(recording=name, error="", text=text, text_source=source, over_time=over_time)
 
 
@@ -3021,17 +2995,18 @@ def predict_phase(cfg):
     refuse_contradictions(cfg, predictor.cfg._asdict(), encoder_of(predictor.checkpoints), cfg.output_dir)
     for file in tqdm(files, "Recordings", disable=len(files) < 2):
         name = printable(file.relative_to(path).as_posix() if path.is_dir() else file.name)
-        tables.append(answer_recording(file, name, predictor, cfg))
+        try:
+            tables.append(answer_recording(file, name, predictor, cfg))
+        except AudioError as error:
+            refuse({f"{path} cannot be used ({error}): name another --input": file == path})
+            tables.append(pd.DataFrame({"recording": [name], "error": str(error)}))
+
     columns = ["recording", "error", "model", "predicted", *predictor.classes, "note", "text", "text_source",
                "over_time"]
     table = pd.concat(tables, ignore_index=True).reindex(columns=columns)
     if path.is_dir():
         with only_warning():
             save_table(Path(cfg.output_dir, "recordings", "predictions.csv"), table, predictor.caveats)
-    else:
-        error = table["error"][0]
-        refuse({f"{path} cannot be used ({error}): name another --input": error})
-
     if cfg.json:
         print(table.to_json(orient="records", indent=1))
         return
@@ -3102,18 +3077,16 @@ def write_demo_encoder(folder):
     if Path(folder, "model.safetensors").exists():
         return
     transformers = load_transformers()
-    import tokenizers
-    words = sorted(set(words_in(" ".join(itertools.chain(*sentence_bank().values())))))
     # A vocabulary of whole words: every sentence of the bank can be read.
-    special = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
-    ids = {token: index for index, token in enumerate([*special.values(), *".,?!'", *words])}
-    tokenizer = tokenizers.BertWordPieceTokenizer(ids, lowercase=True)._tokenizer
+    words = sorted(set(words_in(" ".join(itertools.chain(*sentence_bank().values())))))
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *".,?!'", *words]
     torch.manual_seed(0)
-    config = transformers.DistilBertConfig(vocab_size=len(ids), dim=64, n_layers=2, n_heads=4, hidden_dim=128)
+    config = transformers.DistilBertConfig(vocab_size=len(tokens), dim=64, n_layers=2, n_heads=4,
+                                           hidden_dim=128)
     shutil.rmtree(folder, ignore_errors=True)  # an incomplete one
     with replacing(folder) as temporary:
-        transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(temporary)
         transformers.DistilBertModel(config).save_pretrained(temporary)
+        Path(temporary, "vocab.txt").write_text("\n".join(tokens), encoding="utf-8")
 
 
 def write_demo(cfg):
@@ -3127,7 +3100,7 @@ def write_demo(cfg):
 
 
 # %% 22. The phases and main
-def describe_corpus(corpus, source):
+def describe_corpus(corpus):
     """What was found, used and left out, as a list of sentences; left_out.csv has the rest."""
     clips, left_out = corpus.clips, corpus.left_out
     # Files that are no clips are counted by kind, damaged clips are named.
@@ -3136,8 +3109,8 @@ def describe_corpus(corpus, source):
     unnamed = "" in set(clips["actor"])
     speakers = f" of {clips['actor'].nunique()} actors" * (not unnamed)
     sentences = holding({
-        f"{len(clips) + len(left_out)} files in {source}: {len(clips)} clips{speakers} are used; left out: "
-        f"{counted(kinds)} (left_out.csv).": True,
+        f"{len(clips) + len(left_out)} files in {corpus.source}: {len(clips)} clips{speakers} are used; left "
+        f"out: {counted(kinds)} (left_out.csv).": True,
         f"Clips per emotion: {counted(clips['emotion'])}.": True,
         f"Clips per actor: {counted(clips['actor'])}.": not unnamed,
         "No speakers are named: splits may share voices, which flatters, and intervals draw single clips, "
@@ -3214,7 +3187,7 @@ def describe_transcripts(corpus):
 def write_data(corpus, clips_of, cfg):
     """Write what the data are like, for the user's own code and for the report; the audit as sentences."""
     from sklearn.preprocessing import LabelEncoder
-    audit = describe_corpus(corpus, cfg.manifest or find_corpus(cfg)) + describe_transcripts(corpus)
+    audit = describe_corpus(corpus) + describe_transcripts(corpus)
     audit += dict.fromkeys(describe_split(clips, corpus, run) for run, clips in clips_of.items())
     print(*audit, sep="\n")
     folder, encoder = Path(cfg.output_dir), LabelEncoder()
@@ -3393,7 +3366,7 @@ def evaluate_phase(cfg):
     corpus = shared_emotions(whole, predictor.classes, cfg)
     classes, emotions = classes_of(corpus.clips), whole.clips["emotion"]
     unknown = counted(emotions[~emotions.isin(classes)])
-    audit = [*describe_corpus(whole, cfg.manifest),
+    audit = [*describe_corpus(whole),
              f"Emotions compared: {', '.join(classes)}. Clips left out, unknown to the models: {unknown}."]
     print(*audit, sep="\n")
     save_table(Path(work.output_dir, "left_out.csv"), whole.left_out, predictor.caveats)
@@ -3433,7 +3406,7 @@ def caveats_elsewhere(predictor, corpus, cfg):
 
 def elsewhere(predictor, corpus):
     """The predictions of trained models on another corpus, over the emotions that both know."""
-    answers = predictor.ask(windows_of(corpus.clips, predictor.cfg), corpus.has_words)
+    answers = predictor.ask(windows_of(corpus.clips, predictor.cfg))
     table = predictions_table(answers, corpus.clips, predictor.classes, fold=0, seed=0)
     shares = table[classes_of(corpus.clips)].clip(1e-7)
     shares = shares.div(shares.sum(axis=1), axis=0)

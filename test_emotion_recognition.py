@@ -156,10 +156,11 @@ def demo(finished, corpus):
 
 def listed(folder):
     """A Corpus of the names under a folder, whose files are no sound."""
-    clips, left_out = er.list_ravdess(folder)
+    clips = er.list_ravdess(folder).drop(columns="reason")
     keys = [hashlib.sha1(Path(path).read_bytes()).hexdigest() for path in clips["path"]]
     clips = clips.assign(digest=keys).sort_values("clip", ignore_index=True)
-    return er.Corpus("RAVDESS", clips, left_out, "speaker", "simulated", ())
+    left_out = pd.DataFrame(columns=["path", "reason"])
+    return er.Corpus("RAVDESS", str(folder), clips, left_out, "speaker", "simulated", ())
 
 
 @pytest.fixture(scope="session")
@@ -325,8 +326,8 @@ def reasons_of(left_out):
 def test_labels_come_from_the_name_in_code_order():
     for code in range(1, 9):
         touch("corpus", f"03-01-{code:02}-01-01-02-{10 + code}.wav")
-    clips, left_out = er.list_ravdess("corpus")
-    assert left_out.empty
+    clips = er.list_ravdess("corpus")
+    assert set(clips["reason"]) == {""}
 
     names = ["neutral", "calm", "happy", "sad", "angry", "fearful", "disgust", "surprised"]
     assert names == er.EMOTIONS
@@ -343,7 +344,7 @@ def test_labels_come_from_the_name_in_code_order():
 ])
 def test_intensity_statement_and_repetition_come_from_the_name(name, expected):
     touch("corpus", f"{name}.wav")
-    clips, _ = er.list_ravdess("corpus")
+    clips = er.list_ravdess("corpus")
     clip = clips.iloc[0]
     assert list(clip[["intensity", "statement", "repetition"]]) == expected
 
@@ -384,9 +385,9 @@ def test_links_to_folders_are_followed_and_may_lead_back():
     Path("own").mkdir()
     for name, target in (("Actor_01", "real/Actor_01"), ("back", "own"), ("again", "own")):
         Path("own", name).symlink_to(Path(target).absolute())
-    clips, left_out = er.list_ravdess("own")
+    clips = er.list_ravdess("own")
     assert list(clips["clip"]) == ["03-01-01-01-01-01-01"]
-    assert left_out.empty
+    assert list(clips["reason"]) == [""]
 
 
 def test_every_file_that_is_no_clip_is_listed_with_the_reason(few_clips, unpublished, capsys):
@@ -861,7 +862,7 @@ def test_a_split_of_the_manifest_scores_nothing_that_was_trained(rows):
     table["emotion"] = table["emotion"].astype("category")
     table = table.assign(clip=table.index, path="a.wav", actor="")
     left_out = pd.DataFrame(columns=["path", "reason"])
-    corpus = er.Corpus("m.csv", table, left_out, "manifest", "manifest", ())
+    corpus = er.Corpus("m.csv", "m.csv", table, left_out, "manifest", "manifest", ())
     clips = er.split_clips(corpus, config())
 
     first_split = {}
@@ -895,8 +896,8 @@ def test_an_emotion_that_the_folder_lacks_is_named_with_the_folder(few_clips):
     unpacked(others)
     touch("corpus", "03-02-07-01-01-01-01.wav")  # a song
     sentence = refusal_of("--ravdess-path", "corpus")
-    assert sentence.startswith("corpus has no disgust clip")
-    assert "--ravdess-path" in sentence and "--leave-out disgust" in sentence
+    assert sentence.startswith("no disgust clip is left for train, of 0 by 0 speakers")
+    assert "corpus" in sentence and "--ravdess-path" in sentence and "--leave-out disgust" in sentence
     assert not Path("outputs/clips.csv").exists()
 
     audit = data_of("--ravdess-path", "corpus", "--leave-out", "disgust")
@@ -1008,8 +1009,8 @@ def test_a_manifest_none_of_whose_files_are_there_names_the_first_that_was_tried
     shutil.rmtree("own/sound")
     sentence = refusal_of(*flags)
     first = Path("own/sound/000.wav")
-    assert "none of the 8 clips in own/corpus.csv can be used" in sentence
-    assert f"the first, {first}: not readable" in sentence
+    assert sentence.startswith(f"8 clips cannot be used (the first, {first}: not readable")
+    assert "; own/corpus.csv has no clip that can be used: " in sentence
 
 
 def test_unreadable_files_are_counted_where_no_clip_of_an_emotion_can_be_read(few_clips):
@@ -4416,13 +4417,13 @@ def test_a_manifest_has_its_own_emotions_those_of_ravdess_first_then_by_alphabet
         "x\\a.wav,SAD,12,",
         "c.wav,pleased  a lot,7,",
         "d.wav,neutral,7,")
-    clips, left_out = er.list_manifest(path)
+    clips = er.list_manifest(path)
     assert er.classes_of(clips) == ["neutral", "sad", "pleased a lot", "zeal"]
-    assert list(clips) == ["clip", "path", "emotion", "actor"]
+    assert list(clips) == ["clip", "path", "emotion", "actor", "reason"]
     assert list(clips["emotion"]) == ["zeal", "sad", "pleased a lot", "neutral"]
     assert list(clips["clip"]) == ["b.wav", "x/a.wav", "c.wav", "d.wav"]
     assert list(clips["actor"]) == [7, 12, 7, 7]
-    assert left_out.empty
+    assert set(clips["reason"]) == {""}
 
 
 NOT_EMOTIONS = "start Voiced note model error fold recording predicted system over_time text caveats".split()
@@ -4471,7 +4472,7 @@ def test_lines_without_a_file_that_can_be_heard_are_left_out_and_named(unpublish
 ])
 def test_speakers_are_numbers_only_if_all_are_whole_and_plain(first, second, expected):
     path = manifest(f"a.wav,happy,{first},", f"b.wav,sad,{second},")
-    clips, _ = er.list_manifest(path)
+    clips = er.list_manifest(path)
     assert clips["actor"].tolist() == expected
 
 
@@ -4678,7 +4679,7 @@ def test_the_file_names_of_a_known_corpus_make_a_manifest(name, corpora, capsys)
     # Wherever the table lies, it is read.
     touch("tables", "m.csv")
     Path("tables/m.csv").write_text(table, encoding="utf-8")
-    clips, _ = er.list_manifest("tables/m.csv")
+    clips = er.list_manifest("tables/m.csv")
     for clip, (path, rest) in zip(clips.itertuples(), rows.items(), strict=True):
         assert Path(clip.path).samefile(folder / path)
         assert rest.startswith(f"{clip.emotion},{clip.actor}")
@@ -5607,7 +5608,9 @@ def break_clips(pattern, folder="own"):
 
 def change_encoder(folder, old, new):
     """A copy of the demo's text encoder with other texts in its JSON files."""
+    from transformers import AutoTokenizer
     shutil.copytree(ENCODER, folder)
+    AutoTokenizer.from_pretrained(ENCODER).save_pretrained(folder)
     for path in Path(folder).glob("*.json"):
         path.write_text(path.read_text(encoding="utf-8").replace(old, new), encoding="utf-8")
 
@@ -5694,8 +5697,9 @@ ONE_SENTENCE = {  # what is wrong: (command line, what the sentence must name, h
     # The corpus
     "no corpus": ("", f"zenodo.org|--ravdess-path|--demo|{Path(er.RAVDESS_PATH)}|kaggle|--download"),
     "no such path": ("--ravdess-path nowhere", "nowhere does not exist|--ravdess-path|--download"),
-    "path is a file": ("--ravdess-path it", "it is a file|--ravdess-path", lambda _: touch(".", "it")),
-    "path is empty": ("--ravdess-path none", "none is empty|--ravdess-path", lambda _: Path("none").mkdir()),
+    "path is a file": ("--ravdess-path it", "it holds no clips|--ravdess-path", lambda _: touch(".", "it")),
+    "path is empty": (
+        "--ravdess-path none", "none holds no clips|--ravdess-path", lambda _: Path("none").mkdir()),
     "other audio": (
         "--ravdess-path own", "own holds no clips named like 03-01-|--ravdess-path",
         lambda _: (remove("*.wav"), touch("own", "memo.wav"))),
@@ -5703,13 +5707,14 @@ ONE_SENTENCE = {  # what is wrong: (command line, what the sentence must name, h
         "--ravdess-path own", "own holds no clips|--ravdess-path",
         lambda _: (remove("*.wav"), touch("own", "03-01-09-01-01-01-01.wav"))),
     "only broken clips": (
-        "--ravdess-path own", "none of the 96 clips in own|Actor_01/03-01-01-01-01-01-01.wav: not readable|"
-        "--ravdess-path", lambda _: break_clips("*.wav")),
+        "--ravdess-path own", "96 clips cannot be used|Actor_01/03-01-01-01-01-01-01.wav: not readable|"
+        "own has no clip that can be used|--ravdess-path", lambda _: break_clips("*.wav")),
     "one actor": ("--ravdess-path own", "1 actor|--ravdess-path", lambda _: remove("*-0[2-6].wav")),
     "too few actors": (
         "--ravdess-path own --folds 3", "3 actor|fold 3|--folds", lambda _: remove("*-0[4-6].wav")),
     "vanished class": (
-        "--ravdess-path own", "own has no disgust clip|--ravdess-path", lambda _: remove("03-01-07-*")),
+        "--ravdess-path own", "no disgust clip is left for train|own|--ravdess-path",
+        lambda _: remove("03-01-07-*")),
     "vanished class of a split": (
         "--ravdess-path own", "no disgust clip is left for validation|own/Actor_01|--ravdess-path|--folds",
         lambda _: remove("03-01-07-*-02.wav")),
@@ -5811,7 +5816,7 @@ ONE_SENTENCE = {  # what is wrong: (command line, what the sentence must name, h
     "too few sentences": (TABLE, "s.csv has 4 of 5|surprised",
                           lambda _: write_sentences("s.csv", "sad,One more.", last=4)),
     "no sentence table": (TABLE, "s.csv is not readable as CSV|--sentences-csv"),
-    "other columns": (TABLE, "s.csv has no columns emotion and sentence in line 1",
+    "other columns": (TABLE, "s.csv line 1 must name the columns emotion and sentence",
                       lambda _: Path("s.csv").write_text("a,b\n1,2\n")),
     "no Whisper": (f"{WHISPER} base", "whisper does not load|pip install openai-whisper", missing("whisper")),
     "no such Whisper": (f"{WHISPER} no-such", "--whisper-model no-such cannot be loaded|checkpoint"),
@@ -5827,7 +5832,7 @@ ONE_SENTENCE = {  # what is wrong: (command line, what the sentence must name, h
     # Another corpus
     "no manifest": (OWN_CSV, "m.csv is not readable as CSV|--manifest"),
     "manifest, no emotions": (
-        OWN_CSV, "m.csv has no columns path and emotion in line 1|--manifest",
+        OWN_CSV, "m.csv line 1 must name the columns path and emotion|--manifest",
         third("b.wav", header="path,feeling")),
     "manifest, no path": (OWN_CSV, "m.csv line 3|no path|--manifest", third(",sad,1,train")),
     "manifest, no emotion": (OWN_CSV, "m.csv line 3|no emotion", third("b.wav, ,1,train")),
@@ -5842,12 +5847,12 @@ ONE_SENTENCE = {  # what is wrong: (command line, what the sentence must name, h
     "manifest, a column's name": (OWN_CSV, "m.csv line 3|'accuracy'", third("b.wav,Accuracy,1,test")),
     "manifest, a comma too many": (OWN_CSV, "m.csv line 3|quote", third("b.wav,so, so,1,train")),
     "manifest, a column twice": (
-        OWN_CSV, "m.csv line 1|emotion twice|--manifest",
+        OWN_CSV, "m.csv line 1|none twice|--manifest",
         third("b.wav,sad,1,odd", header="path,emotion,speaker,emotion")),
     "manifest, a zero byte": (OWN_CSV, "m.csv|zero byte|--manifest", third("b.wav,sad\0,1,train")),
     "manifest, one emotion": (OWN_CSV, "m.csv|two emotions", third("b.wav,HAPPY,1,train", "happy")),
     "manifest, no files": (
-        OWN_CSV, "none of the 3 clips in m.csv|a.wav: not readable|--manifest",
+        OWN_CSV, "3 clips cannot be used|a.wav: not readable|m.csv has no clip|--manifest",
         lambda patch: (third("b.wav,sad,1,test")(patch), remove("[abc].wav", "."))),
     "manifest, files of a class missing": (
         "--manifest own/corpus.csv --run-models cnn", "4 clips cannot be used|own/sound/004.wav|"
@@ -5858,13 +5863,13 @@ ONE_SENTENCE = {  # what is wrong: (command line, what the sentence must name, h
     "manifest, runs of a split": (
         f"{OWN_CSV} --runs 2", "m.csv has a column split|--runs", third_of_sound("b.wav,sad,1,train")),
     "manifest, split twice": (
-        f"{OWN_CSV} --split random", "m.csv has a column split|--split random",
+        f"{OWN_CSV} --split random", "m.csv has a column split|--split",
         third_of_sound("b.wav,sad,1,train")),
     "manifest, nobody's folds": (
         f"{OWN_CSV} --folds 1", "m.csv has no column speaker|--folds",
         third_of_sound("b.wav,sad", header="path,emotion,a,b")),
     "manifest, nobody's split": (
-        f"{OWN_CSV} --split speaker", "m.csv has no column speaker|--split speaker",
+        f"{OWN_CSV} --split speaker", "m.csv has no column speaker|--split",
         third_of_sound("b.wav,sad", header="path,emotion,a,b")),
     "manifest, a split empty": (
         "--manifest own/corpus.csv --run-models cnn", "no happy|for validation|--manifest",
@@ -6239,14 +6244,14 @@ def test_anything_in_a_name_is_a_right_row_or_left_out_with_a_reason(names):
             expected[str(path)] = (path.stem, er.EMOTIONS[emotion - 1], actor)
 
     if not expected:
-        with pytest.raises(er.UserError, match=r"any holds no clips.*--ravdess-path|any is empty"):
+        with pytest.raises(er.UserError, match=r"any holds no clips.*--ravdess-path"):
             er.find_corpus(config(ravdess_path="any"))
         return
-    clips, left_out = er.list_ravdess("any")
+    files = er.list_ravdess("any")
+    clips = files[files["reason"] == ""]
     rows = {row.path: (row.clip, row.emotion, row.actor) for row in clips.itertuples()}
     assert rows == expected
-    assert sorted([*clips["path"], *left_out["path"]]) == sorted(heard)
-    assert "" not in set(left_out["reason"])
+    assert sorted(files["path"]) == sorted(heard)
 
 
 FLAGS = st.sampled_from([name for name in er.SETTINGS if name != "DEMO"])
@@ -6348,7 +6353,7 @@ def tables(draw):
 def test_anything_in_a_manifest_is_right_rows_or_a_sentence(content):
     Path("m.csv").write_bytes(content)
     try:
-        clips, left_out = er.list_manifest("m.csv")
+        clips = er.list_manifest("m.csv")
     except er.UserError as error:
         assert "m.csv" in str(error) and "\n" not in str(error)
         return
@@ -6356,7 +6361,7 @@ def test_anything_in_a_manifest_is_right_rows_or_a_sentence(content):
     for path, *line in rows_of(content, "path", "emotion", "speaker", "split", "transcript"):
         lines[PureWindowsPath(path).as_posix()] = line
     assert sorted(clips["clip"]) == sorted(lines)
-    assert left_out.empty
+    assert set(clips["reason"]) == {""}
     for clip in clips.astype(str).to_dict("records"):
         emotion, speaker, split, transcript = lines[clip["clip"]]
         assert clip["path"] == clip["clip"]

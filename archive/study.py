@@ -29,7 +29,7 @@ def check(cfg):
 
     simulated = cfg.use_simulated_sentences
     if cfg.manifest:
-        clips, _ = er.list_manifest(cfg.manifest)
+        clips = er.list_manifest(cfg.manifest)
         simulated = simulated and "transcript" not in clips
     if not simulated:
         raise er.UserError("the study needs simulated sentences: leave out --no-use-simulated-sentences, and "
