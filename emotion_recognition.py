@@ -2133,8 +2133,8 @@ class Results:
         return self.predictions.query("split == 'test'")
 
 
-RESULT_KEYS = set("corpus subject date command settings versions caveats classes titles oracles unseen_actors not_run "
-                  "calibration encoder audit tables".split())
+RESULT_KEYS = set("corpus subject date command settings versions caveats classes titles oracles "
+                  "unseen_actors not_run calibration encoder audit tables".split())
 
 
 def save_results(folder, config, **tables):
@@ -2142,8 +2142,9 @@ def save_results(folder, config, **tables):
     path = Path(folder, "config.json")
     path.unlink(missing_ok=True)
     for name, table in tables.items():
-        save_table(path.with_name(f"{name}.csv"), table, config["caveats"])
-        tables[name] = digest(path.with_name(f"{name}.csv").read_bytes())
+        file = path.with_name(f"{name}.csv")
+        save_table(file, table, config["caveats"])
+        tables[name] = digest(file.read_bytes())
     save(path, config | {"tables": tables})
 
 
@@ -2347,7 +2348,7 @@ HEADINGS = {  # of the closing table
 def table_of(results):
     """The closing table of console, report and LaTeX: texts by system; `note` says why one did not run."""
     summary = summarize(results)
-    texts = summary.map(percent, na_action="ignore").astype(object)
+    texts = summary.map(percent, na_action="ignore")
     texts["interval"] = texts["low"] + " to " + texts["high"]
     texts.update(summary.filter(regex="nll|ece").map("{:.3f}".format, na_action="ignore"))
     table = pd.DataFrame({"system": results.titles}).join(texts.filter(HEADINGS).rename(columns=HEADINGS))
@@ -2438,7 +2439,8 @@ def only_warning(but=False):
 def versions(device):
     """What a result depends on: the hardware that computed it, and versions."""
     modules = {module.__name__: str(module.__version__) for module in (torch, np, pd)}
-    hardware = f"{platform.machine()}, {device} in {training_precision(device)}"
+    threads = plural(torch.get_num_threads(), "thread")
+    hardware = f"{device} in {training_precision(device)}, {threads}"
     return {"hardware": hardware, "python": platform.python_version(),
             "platform": platform.platform(terse=True)} | modules
 
@@ -2451,9 +2453,11 @@ def command_of(cfg):
 
 def pick_device(cfg):
     """The torch device type of --device: cuda, mps or cpu. Raises UserError when it is not there."""
-    there = holding({"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True})
+    mps = ["mps"] * torch.backends.mps.is_available()
+    there = ["cuda"] * torch.cuda.is_available() + mps + ["cpu"]
     device = cfg.device.replace("auto", there[0])
-    refuse({f"--device {device} is not available here: leave it out or use --device cpu": device not in there})
+    refuse({f"--device {device} is not available here: leave it out or use --device cpu":
+            device not in there})
     return device
 
 
@@ -2527,11 +2531,11 @@ def save_plot(figure, results, name, title, words=True):
 def plot_counts(clips, subject, folder, caveats):
     """Clips per emotion in each split."""
     # Bars lie, so that long names are readable, however many there are.
-    figure, axis = plt.subplots(figsize=(7, 5))
-    sns.countplot(clips, y="emotion", hue="split", hue_order=SPLITS, ax=axis)
-    axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
-    title = f"{subject}, {len(clips)} clips"
-    save_figure(figure, folder / "plots" / "class_counts.png", caveats, title, words=False)
+    figure = plt.figure(figsize=(7, 5))
+    sns.countplot(clips, y="emotion", hue="split", hue_order=SPLITS)
+    plt.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    save_figure(figure, folder / "plots" / "class_counts.png", caveats, f"{subject}, {len(clips)} clips",
+                words=False)
 
 
 def plot_samples(clips, subject, cfg, caveats):
@@ -2542,47 +2546,44 @@ def plot_samples(clips, subject, cfg, caveats):
     decibels = np.hstack(windows.squeeze(1).numpy()) * 10 / math.log(10)  # (M, N * T)
     # Mel bands are evenly spaced in log(1 + kHz / 0.7).
     low, high = np.log1p([0.05 / 0.7, cfg.sampling_rate / 1400])
-    figure, axis = plt.subplots(figsize=(8.5, 2.5))
-    plt.imshow(decibels - decibels.max(), "magma", aspect="auto", origin="lower", vmin=-80,
-               extent=(0, len(samples), low, high))
-    plt.colorbar(label="dB below the loudest")
-    axis.yaxis.set_major_formatter(lambda mel, _: f"{0.7 * math.expm1(mel):.1f} kHz")
-    names = samples["emotion"].astype(str) + "\n" + samples["clip"].str[-28:]
+    figure = plt.figure(figsize=(8.5, 2.5))
+    plt.imshow(decibels, "magma", aspect="auto", origin="lower", extent=(0, len(samples), low, high))
+    plt.colorbar(label="dB")
+    plt.gca().yaxis.set_major_formatter(lambda mel, _: f"{0.7 * math.expm1(mel):.1f} kHz")
+    names = samples["emotion"].astype(str) + "\n" + samples["clip"]
     plt.xticks(np.arange(len(samples)) + 0.5, names, rotation=45, fontsize=7)
-    title = f"{subject}: training clips, {cfg.clip_seconds} s of each"
-    save_figure(figure, Path(cfg.output_dir, "plots", "samples.png"), caveats, title, words=False)
+    save_figure(figure, Path(cfg.output_dir, "plots", "samples.png"), caveats, f"{subject}, training clips",
+                words=False)
 
 
 def plot_curves(results):
     """Loss and accuracy by epoch of every model that was trained, the mean of all runs."""
-    # One row per split and kind of curve, as seaborn wants it.
-    curves = results.histories.assign(model=results.histories["system"].map(results.titles))
     kinds = ["train_loss", "validation_loss", "train_accuracy", "validation_accuracy"]
+    curves = results.histories.replace(results.titles)
     curves[kinds[2:]] *= 100
-    curves = curves.melt(["model", "epoch"], kinds).replace("accuracy$", "accuracy in %", regex=True)
+    # One row per split and kind of curve, as seaborn wants it.
+    curves = curves.melt(["system", "epoch"], kinds)
     curves[["split", "kind"]] = curves["variable"].str.split("_", expand=True)
-    grid = sns.relplot(curves, x="epoch", y="value", row="model", col="kind", hue="split", kind="line",
-                       errorbar=None, marker=".", height=1.3, aspect=2.3,
+    grid = sns.relplot(curves, x="epoch", y="value", row="system", col="kind", hue="split", kind="line",
+                       errorbar=None, marker="o", markersize=4, height=1.3, aspect=2.3,
                        facet_kws={"sharey": "col", "sharex": False})
     grid.set_titles("{row_name}: {col_name}", size=8)
     grid.map(lambda **_: plt.locator_params(axis="x", integer=True))  # there is no half epoch
-    save_plot(grid.figure, results, "training_curves", "Training, mean of all runs")
+    save_plot(grid.figure, results, "training_curves", "Training, mean of all runs, accuracy in %")
 
 
 def plot_comparison(results):
-    """The UAR of all systems: on validation, on test with its interval, and by chance."""
+    """The test UAR of all systems with its interval, and that of chance."""
     summary = 100 * summarize(results)[::-1]
     # What sentences drawn by label are worth is another question than what can be heard.
     colors = ["wheat" if reads_words(name) else "steelblue" for name in summary.index]
     summary = summary.rename(results.titles)
     ends = [summary["uar"] - summary["low"], summary["high"] - summary["uar"]]
     axis = summary["uar"].plot.barh(xerr=np.clip(ends, 0, 100), color=colors, xlim=(0, 101),
-                                    figsize=(7, 1.2 + 0.3 * len(summary)), label="test, 95 % interval")
-    axis.plot(summary["validation_uar"], summary.index, "|", markersize=12, label="validation")
-    axis.axvline(100 / len(results.classes), color="firebrick", linestyle="--", label="chance")
-    axis.set(xlabel="UAR in %", ylabel="")
+                                    figsize=(7, 1.2 + 0.3 * len(summary)), label="UAR, 95 % interval")
+    axis.axvline(100 / len(results.classes), color="firebrick", label="chance")
     axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
-    save_plot(axis.figure, results, "comparison", "UAR with 95 % interval: sound alone is blue")
+    save_plot(axis.figure, results, "comparison", "Test UAR in % with 95 % interval: sound alone is blue")
 
 
 def plot_reliability(results):
@@ -2596,9 +2597,9 @@ def plot_reliability(results):
     if lines.empty:
         return
     grid = sns.relplot(lines, x="confidence in %", y="right in %", col="system",
-                       col_wrap=4, height=2.2, kind="line", marker=".")
+                       col_wrap=4, height=2.2, kind="line", marker="o")
     grid.set_titles("{col_name}", size=7)
-    grid.map(lambda **_: plt.axline((0, 0), slope=1, color="firebrick", linestyle="--"))
+    grid.map(lambda **_: plt.axline((0, 0), slope=1, color="firebrick"))
     save_plot(grid.figure, results, "reliability", "Right answers by confidence, bins of five clips and more")
 
 
@@ -2608,18 +2609,17 @@ def plot_confusions(results):
         counts = pd.DataFrame(confusion(part, results.classes), results.classes, results.classes)
         shares = 100 * counts.div(counts.sum(axis=1).clip(lower=1), axis=0)
         texts = shares.map("{:.0f} %\n".format) + counts.map("({})".format)
-        figure, axis = plt.subplots(figsize=(9, 4.8))
-        sns.heatmap(shares, vmin=0, vmax=100, annot=texts, fmt="", cbar=False, cmap="Blues", ax=axis,
-                    annot_kws={"fontsize": 8})
-        axis.set(xlabel="predicted", ylabel="true")
-        axis.tick_params(axis="y", rotation=0)
-        line = table_of(results).set_index("system").loc[results.titles[name]]
-        title = "{}: test UAR {}, 95 % interval {}".format(results.titles[name], *line)
+        figure = plt.figure(figsize=(9, 4.2))
+        sns.heatmap(shares, annot=texts, fmt="", cbar=False, cmap="Blues", annot_kws={"fontsize": 8})
+        plt.xlabel("predicted")
+        plt.ylabel("true")
+        plt.yticks(rotation=0)
+        title = f"{results.titles[name]}: test UAR {percent(uar_of(part))}"
         save_plot(figure, results, f"confusion_{SYSTEMS[name].file}", title, reads_words(name))
 
 
 def uar_by(results, by):
-    """Test UAR of every system (rows) in the groups of a column (columns), as texts; of `emotion` its recall."""
+    """Test UAR of every system (rows) in the groups of a column, as texts; of `emotion` its recall."""
     order = results.test["system"].unique(), results.test[by].unique()
     figures = figures_of(results, by, split="test")["uar"].unstack(by).loc[order]
     return figures.map(percent).rename(results.titles)
@@ -2641,8 +2641,8 @@ def draw_plots(results):
 # %% 19. Report
 REPORT = "emotion_recognition_report.docx"
 FIT = "train acc,val UAR,val NLL,NLL,ECE,if perfect".split(",")  # these make a table of their own
-# The report, paragraph by paragraph. `name | text` stands where parts_of has something of that name: a table or a
-# plot under its caption, else the sentence; what is not in this form is a heading.
+# The report, paragraph by paragraph. `name | text` stands where parts_of has something of that name: a table
+# or a plot under its caption, else the sentence. What is not in this form is a heading.
 TEXT = """
 corpus | {date}: {subject}.
 
@@ -2685,7 +2685,7 @@ corpus | {audit}
 
 class_counts | Clips of each emotion in the splits.
 
-samples | Log-mel spectrograms, as AudioCNN hears them.
+samples | Log-mel spectrograms, {clip_seconds} s of each clip, as AudioCNN hears them.
 
 ravdess | RAVDESS holds acted speech of 24 North American speakers. Livingstone S. R., Russo F. A. (2018),
 The Ryerson Audio-Visual Database of Emotional Speech and Song (RAVDESS), PLoS ONE 13(5): e0196391, licence
@@ -2715,7 +2715,7 @@ training in all runs; what validation decided in the first: temperatures, or wei
 
 training_curves | Loss and accuracy of every network.
 
-reliability | How often systems are right, by their confidence; on the dashed line as often as they say.
+reliability | How often systems are right, by their confidence; on the straight line as often as they say.
 
 Details
 
@@ -2729,11 +2729,11 @@ by_actor | Test UAR by speaker, of the system that stands first.
 
 pairs | Paired differences in pooled UAR, in points, with the ends of their 95 % intervals.
 
-confusion_Audio* | Test clips in % of their true emotion, and how many (plots/{name}.png).
+confusion_Audio* | Test clips in % of their true emotion, and how many.
 
-confusion_Text* | Test clips in % of their true emotion, and how many (plots/{name}.png).
+confusion_Text* | Test clips in % of their true emotion, and how many.
 
-confusion_*Fusion* | Test clips in % of their true emotion, and how many (plots/{name}.png).
+confusion_*Fusion* | Test clips in % of their true emotion, and how many.
 
 Settings and versions
 
@@ -2767,13 +2767,13 @@ def networks_table(results):
 
 def parts_of(results):
     """What TEXT can name: settings, what config.json holds, plots, tables, and what holds or does not."""
-    config, table, words = results.config, table_of(results), any(map(reads_words, bootstrap(results)))
+    config, table = results.config, table_of(results)
     plots = {path.stem: path for path in sorted(results.folder.glob("plots/*.png"))}
     settings = pd.Series(config["settings"]).drop(FREE)
     return config["settings"] | config | plots | {
         "audit": "\n".join(config["audit"]),
         "caveats": "; ".join(config["caveats"]),
-        "words": words,
+        "words": any(map(reads_words, bootstrap(results))),
         "ravdess": not config["settings"]["manifest"],
         "results": table.drop(columns=FIT, errors="ignore"),
         "fit": table.filter(["system", *FIT]),
@@ -2790,22 +2790,22 @@ def parts_of(results):
 def write_report(results):
     """Write the report as .docx on A4, with the caveats of its run and a number on every page."""
     docx = load_package("docx", "pip install python-docx, then --phase report makes it")
-    from docx.shared import Cm, Pt
+    from docx.shared import Cm
     document, parts = docx.Document(), parts_of(results)
     page = document.sections[0]
     page.page_width, page.page_height, page.left_margin, page.right_margin = map(Cm, (21, 29.7, 2, 2))
-    page.header.paragraphs[0].text = printable(parts["caveats"] or f"{parts['corpus']}, unseen speakers")
+    page.header.paragraphs[0].text = printable(parts["caveats"])
     page.footer.paragraphs[0]._p.append(word_element('fldSimple w:instr="PAGE"'))
-    document.styles["Normal"].font.size = Pt(9)
+    document.styles["Normal"].font.size = Cm(0.32)
     document.styles["Caption"].paragraph_format.keep_with_next = True
-    document.add_heading(printable(f"Speech emotion recognition: {parts['corpus']}"), 0)
+    document.add_heading("Speech emotion recognition", 0)
 
     for paragraph in TEXT.strip().split("\n\n"):
         pattern, _, text = " ".join(paragraph.split()).partition(" | ")
         if not text:
             document.add_heading(pattern, 1)
         for name in fnmatch.filter(parts, pattern):
-            add_part(document, parts[name], printable(text.format_map(parts | {"name": name})))
+            add_part(document, parts[name], printable(text.format_map(parts)))
     with replacing(results.folder / REPORT) as temporary:
         document.save(temporary)
 
@@ -2828,7 +2828,7 @@ def add_table(document, table):
     """Append a DataFrame to a docx document; no row breaks, and the header is repeated on every page."""
     from docx.shared import Cm
     rows = [list(table), *table.astype(str).to_numpy().tolist()]
-    widths = [max(map(len, texts)) for texts in zip(*rows)]
+    widths = [5 + min(24, max(map(len, texts))) for texts in zip(*rows)]
     grid = document.add_table(len(rows), len(widths), "Light Shading Accent 1")
     # Word goes by the widths of cells, others by those of columns.
     for column, width, texts in zip(grid.columns, widths, zip(*rows)):
@@ -3032,9 +3032,10 @@ def save_course(name, course, predictor, cfg):
     path = Path(cfg.output_dir, "recordings", f"{plain}.csv")
     save_table(path, course, predictor.caveats)
     probabilities = course.set_index("end")[predictor.classes]
-    axis = probabilities.plot.area(figsize=(12, 4), title=name, xlabel="seconds", ylabel="probability")
-    axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
-    save_figure(axis.figure, path.with_suffix(".png"), predictor.caveats)
+    axis = probabilities.plot.area(figsize=(9, 3.5), xlabel="seconds", ylabel="probability")
+    axis.legend(loc="upper left", bbox_to_anchor=(1, 1), reverse=True)  # in the order of the stack
+    title = f"Emotion over time, {SYSTEMS[predictor.first].title}: {name}"
+    save_figure(axis.figure, path.with_suffix(".png"), predictor.caveats, title, words=False)
     return str(path)
 
 
@@ -3274,7 +3275,7 @@ def models_asked(cfg, corpus):
 def train_run(run, names, clips, corpus, device):
     """Train the models of a run that are not up to date; all checkpoints that are then there and valid."""
     reasons = {}
-    print(f"\nPlan: {device} in {training_precision(device)}, {plural(torch.get_num_threads(), 'thread')}, results in {run.output_dir}"
+    print(f"\nPlan: {versions(device)['hardware']}, results in {run.output_dir}"
           + ", edits of the code are not noticed in a notebook" * (not definitions()))
     for name in names:
         parts = [f"{SYSTEMS[part].title} will be" for part in SYSTEMS[name].parts if reasons.get(part)]
@@ -3326,7 +3327,7 @@ def write_results(cfg, corpus, table, histories, caveats, calibration, encoder, 
         "classes": classes_of(corpus.clips),
         "titles": titles,
         "oracles": oracles,
-        "unseen_actors": unseen_actors(corpus.clips) if corpus.split == "speaker" else [],
+        "unseen_actors": unseen_actors(corpus.clips) * (corpus.split == "speaker"),
         "not_run": missing,
         "calibration": calibration,
         "encoder": encoder,
@@ -3343,8 +3344,8 @@ def publish(folder):
     table, caveats = table_of(results), "; ".join(results.config["caveats"]) or "unseen speakers"
     title = f"{results.config['subject']} ({caveats})"
     print(f"\n{title}\n{table.to_string(index=False)}", flush=True)
-    latex = table.to_latex(index=False, escape=True)  # for \\usepackage{booktabs}
-    save(results.folder / "results.tex", f"% {title}\n{latex}".encode())
+    # A LaTeX document needs the package booktabs for it.
+    save(results.folder / "results.tex", f"% {title}\n{table.to_latex(index=False, escape=True)}".encode())
     draw_plots(results)
     with only_warning():
         write_report(results)
