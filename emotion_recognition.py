@@ -2547,7 +2547,7 @@ def plot_samples(clips, subject, cfg, caveats):
     # Mel bands are evenly spaced in log(1 + kHz / 0.7).
     low, high = np.log1p([0.05 / 0.7, cfg.sampling_rate / 1400])
     figure = plt.figure(figsize=(8.5, 2.5))
-    plt.imshow(decibels, "magma", aspect="auto", origin="lower", extent=(0, len(samples), low, high))
+    plt.imshow(decibels, aspect="auto", origin="lower", extent=(0, len(samples), low, high))
     plt.colorbar(label="dB")
     plt.gca().yaxis.set_major_formatter(lambda mel, _: f"{0.7 * math.expm1(mel):.1f} kHz")
     names = samples["emotion"].astype(str) + "\n" + samples["clip"]
@@ -2568,13 +2568,13 @@ def plot_curves(results):
                        errorbar=None, marker="o", markersize=4, height=1.3, aspect=2.3,
                        facet_kws={"sharey": "col", "sharex": False})
     grid.set_titles("{row_name}: {col_name}", size=8)
-    grid.map(lambda **_: plt.locator_params(axis="x", integer=True))  # there is no half epoch
+    grid.map(lambda **_: plt.locator_params(axis="x", integer=True, min_n_ticks=1))  # whole epochs
     save_plot(grid.figure, results, "training_curves", "Training, mean of all runs, accuracy in %")
 
 
 def plot_comparison(results):
     """The test UAR of all systems with its interval, and that of chance."""
-    summary = 100 * summarize(results)[::-1]
+    summary = 100 * summarize(results)
     # What sentences drawn by label are worth is another question than what can be heard.
     colors = ["wheat" if reads_words(name) else "steelblue" for name in summary.index]
     summary = summary.rename(results.titles)
@@ -2582,6 +2582,7 @@ def plot_comparison(results):
     axis = summary["uar"].plot.barh(xerr=np.clip(ends, 0, 100), color=colors, xlim=(0, 101),
                                     figsize=(7, 1.2 + 0.3 * len(summary)), label="UAR, 95 % interval")
     axis.axvline(100 / len(results.classes), color="firebrick", label="chance")
+    axis.invert_yaxis()
     axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
     save_plot(axis.figure, results, "comparison", "Test UAR in % with 95 % interval: sound alone is blue")
 
