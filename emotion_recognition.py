@@ -2512,7 +2512,7 @@ def save_figure(figure, path, caveats, title="", words=True):
     Caveats about texts are left out unless there are `words` in it.
     """
     caveats = [caveat for caveat in caveats if words or "text: " not in caveat]
-    figure.subplots_adjust(top=0.95)  # close to its title
+    figure.set_layout_engine("constrained")  # close to its title
     figure.suptitle("\n".join([title, *caveats]), y=1, va="bottom", fontsize=10)
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=110, bbox_inches="tight")
@@ -2524,8 +2524,8 @@ def save_figure(figure, path, caveats, title="", words=True):
 
 def save_plot(figure, results, name, title, words=True):
     """Save a plot of results under its name; its title ends with what the figures are of."""
-    path = results.folder / "plots" / f"{name}.png"
-    save_figure(figure, path, results.config["caveats"], f"{title}\n{results.config['subject']}", words)
+    save_figure(figure, results.folder / "plots" / f"{name}.png", results.config["caveats"],
+                f"{title}\n{results.config['subject']}", words)
 
 
 def plot_counts(clips, subject, folder, caveats):
@@ -2568,6 +2568,7 @@ def plot_curves(results):
                        errorbar=None, marker="o", markersize=4, height=1.3, aspect=2.3,
                        facet_kws={"sharey": "col", "sharex": False})
     grid.set_titles("{row_name}: {col_name}", size=8)
+    sns.move_legend(grid, "outside right")
     grid.map(lambda **_: plt.locator_params(axis="x", integer=True, min_n_ticks=1))  # whole epochs
     save_plot(grid.figure, results, "training_curves", "Training, mean of all runs, accuracy in %")
 
@@ -2579,8 +2580,8 @@ def plot_comparison(results):
     colors = ["wheat" if reads_words(name) else "steelblue" for name in summary.index]
     summary = summary.rename(results.titles)
     ends = [summary["uar"] - summary["low"], summary["high"] - summary["uar"]]
-    axis = summary["uar"].plot.barh(xerr=np.clip(ends, 0, 100), color=colors, xlim=(0, 101),
-                                    figsize=(7, 1.2 + 0.3 * len(summary)), label="UAR, 95 % interval")
+    axis = summary["uar"].plot.barh(xerr=np.clip(ends, 0, 100), color=colors, label="UAR, 95 % interval",
+                                    figsize=(9.5, 1.2 + 0.3 * len(summary)))
     axis.axvline(100 / len(results.classes), color="firebrick", label="chance")
     axis.invert_yaxis()
     axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
@@ -2611,9 +2612,8 @@ def plot_confusions(results):
         shares = 100 * counts.div(counts.sum(axis=1).clip(lower=1), axis=0)
         texts = shares.map("{:.0f} %\n".format) + counts.map("({})".format)
         figure = plt.figure(figsize=(9, 4.2))
-        sns.heatmap(shares, annot=texts, fmt="", cbar=False, cmap="Blues", annot_kws={"fontsize": 8})
-        plt.xlabel("predicted")
-        plt.ylabel("true")
+        axis = sns.heatmap(shares, annot=texts, fmt="", cbar=False, cmap="Blues", annot_kws={"fontsize": 8})
+        axis.set(xlabel="predicted", ylabel="true")
         plt.yticks(rotation=0)
         title = f"{results.titles[name]}: test UAR {percent(uar_of(part))}"
         save_plot(figure, results, f"confusion_{SYSTEMS[name].file}", title, reads_words(name))
@@ -2829,7 +2829,7 @@ def add_table(document, table):
     """Append a DataFrame to a docx document; no row breaks, and the header is repeated on every page."""
     from docx.shared import Cm
     rows = [list(table), *table.astype(str).to_numpy().tolist()]
-    widths = [5 + min(24, max(map(len, texts))) for texts in zip(*rows)]
+    widths = [7 + min(24, max(map(len, texts))) for texts in zip(*rows)]
     grid = document.add_table(len(rows), len(widths), "Light Shading Accent 1")
     # Word goes by the widths of cells, others by those of columns.
     for column, width, texts in zip(grid.columns, widths, zip(*rows)):
@@ -3328,7 +3328,7 @@ def write_results(cfg, corpus, table, histories, caveats, calibration, encoder, 
         "classes": classes_of(corpus.clips),
         "titles": titles,
         "oracles": oracles,
-        "unseen_actors": unseen_actors(corpus.clips) * (corpus.split == "speaker"),
+        "unseen_actors": unseen_actors(corpus.clips) if corpus.split == "speaker" else [],
         "not_run": missing,
         "calibration": calibration,
         "encoder": encoder,

@@ -2569,7 +2569,7 @@ def test_report_begins_with_the_date_and_the_command_of_the_run(output):
 
 
 def captions_in(path):
-    """(style of the next part, its caption) of each table and figure of a .docx, in the order of the pages."""
+    """(kind, caption) of each table and figure of a .docx, in the order of the pages."""
     found, caption = [], ""
     for part in document(path).element.body:
         if part.tag.endswith("}tbl"):
@@ -2602,7 +2602,7 @@ def test_headers_of_tables_are_repeated_on_every_page_and_no_row_breaks(output):
             assert "w:tblHeader" not in row
 
 
-def test_the_method_names_the_networks_with_their_real_parameters_and_what_validation_decided(output):
+def test_the_method_names_networks_with_their_real_parameters_and_what_validation_decided(output):
     lines = table_in(output / DOCUMENT.name, "parameters").set_index("system")
     titles, decided = config_of(output)["titles"], calibration_of(output)
     assert list(lines.index) == [titles[name] for name in decided]
