@@ -2546,7 +2546,7 @@ def plot_samples(clips, subject, cfg, caveats):
     decibels = np.hstack(windows.squeeze(1).numpy()) * 10 / math.log(10)  # (M, N * T)
     # Mel bands are evenly spaced in log(1 + kHz / 0.7).
     low, high = np.log1p([0.05 / 0.7, cfg.sampling_rate / 1400])
-    figure = plt.figure(figsize=(8.5, 2.5), layout="constrained")
+    figure = plt.figure(figsize=(8.5, 4.5), layout="constrained")
     plt.imshow(decibels, aspect="auto", origin="lower", extent=(0, len(samples), low, high))
     plt.colorbar(label="dB")
     plt.gca().yaxis.set_major_formatter(lambda mel, _: f"{0.7 * math.expm1(mel):.1f} kHz")
