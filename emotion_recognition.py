@@ -2644,7 +2644,7 @@ REPORT = "emotion_recognition_report.docx"
 FIT = "train acc,val UAR,val NLL,NLL,ECE,if perfect".split(",")  # these make a table of their own
 # The report, paragraph by paragraph. `name | text` stands where parts_of has something of that name: a table
 # or a plot under its caption, else the sentence. What is not in this form is a heading.
-TEXT = """
+PAGES = """
 corpus | {date}: {subject}.
 
 corpus | {command}
@@ -2767,7 +2767,7 @@ def networks_table(results):
 
 
 def parts_of(results):
-    """What TEXT can name: settings, what config.json holds, plots, tables, and what holds or does not."""
+    """What PAGES can name: settings, what config.json holds, plots, tables, and what holds or does not."""
     config, table = results.config, table_of(results)
     plots = {path.stem: path for path in sorted(results.folder.glob("plots/*.png"))}
     settings = pd.Series(config["settings"]).drop(FREE)
@@ -2801,7 +2801,7 @@ def write_report(results):
     document.styles["Caption"].paragraph_format.keep_with_next = True
     document.add_heading("Speech emotion recognition", 0)
 
-    for paragraph in TEXT.strip().split("\n\n"):
+    for paragraph in PAGES.strip().split("\n\n"):
         pattern, _, text = " ".join(paragraph.split()).partition(" | ")
         if not text:
             document.add_heading(pattern, 1)
