@@ -54,9 +54,10 @@ import contextlib
 import copy
 import csv
 import difflib
+import fnmatch
 import functools
 import hashlib
-import importlib.util
+import importlib
 import io
 import itertools
 import json
@@ -2178,14 +2179,9 @@ class Results:
         """The predictions of the test split."""
         return self.predictions.query("split == 'test'")
 
-    @property
-    def several(self):
-        """Whether there are several folds or seeds."""
-        return len(self.config["calibration"]) > 1
 
-
-RESULT_KEYS = set("corpus command settings versions caveats classes titles oracles unseen_actors not_run "
-                  "calibration encoder audit tables".split())
+RESULT_KEYS = set("corpus subject date command settings versions caveats classes titles oracles "
+                  "unseen_actors not_run calibration encoder audit tables".split())
 
 
 def save_results(folder, config, **tables):
@@ -2193,26 +2189,27 @@ def save_results(folder, config, **tables):
     path = Path(folder, "config.json")
     path.unlink(missing_ok=True)
     for name, table in tables.items():
-        save_table(path.with_name(f"{name}.csv"), table, config["caveats"])
-        tables[name] = digest(path.with_name(f"{name}.csv").read_bytes())
+        file = path.with_name(f"{name}.csv")
+        save_table(file, table, config["caveats"])
+        tables[name] = digest(file.read_bytes())
     save(path, config | {"tables": tables})
 
 
 def read_results(folder):
     """The Results in a folder. Raises UserError when they are missing, unfinished or foreign."""
-    path, tables = Path(folder, "config.json"), []
+    path, tables = Path(folder, "config.json"), {}
     config = read_back(path)
     refuse({f"{path} is foreign: make it again with --phase all, or name another --output-dir":
             not (isinstance(config, dict) and set(config) >= RESULT_KEYS)})
-    for file in (path.with_name("predictions.csv"), path.with_name("histories.csv")):
+    for name, key in config["tables"].items():
+        file = path.with_name(f"{name}.csv")
         content = read_back(file, Path.read_bytes)
         refuse({f"{file} is not the one that {path} was written with: make it again with --phase all":
-                digest(content) != config["tables"][file.stem]})
+                digest(content) != key})
         texts = dict.fromkeys([*TRAITS, "predicted"], str)
-        tables.append(pd.read_csv(io.BytesIO(content), keep_default_na=False, dtype=texts))
-    predictions, histories = tables
-    predictions["actor"] = numbers_if_plain(predictions["actor"])
-    return Results(path.parent, config, predictions, histories)
+        tables[name] = pd.read_csv(io.BytesIO(content), keep_default_na=False, dtype=texts)
+    tables["predictions"]["actor"] = numbers_if_plain(tables["predictions"]["actor"])
+    return Results(path.parent, config, **tables)
 
 
 GROUPS = (), ("fold", "seed"), ("actor",), ("sex",), ("intensity",), ("emotion",)
@@ -2379,33 +2376,42 @@ def paired_differences(results):
     return pd.DataFrame(rows, columns=["system", "against", "difference", "low", "high"])
 
 
-FORMATS = {  # of the closing table: the heading of a figure, and how it is written
-    "train_accuracy": ("train acc", "{:.1%}"),
-    "validation_uar": ("val UAR", "{:.1%}"),
-    "validation_nll": ("val NLL", "{:.3f}"),
-    "uar": ("test UAR", "{:.1%}"),
-    "low": ("95 % from", "{:.1%}"),
-    "high": ("to", "{:.1%}"),
-    "accuracy": ("acc", "{:.1%}"),
-    "macro_f1": ("macro-F1", "{:.1%}"),
-    "nll": ("NLL", "{:.3f}"),
-    "ece": ("ECE", "{:.3f}"),
-    "ece_if_perfect": ("if perfect", "{:.3f}"),
-    "sd_folds": ("SD folds", "{:.1%}"),
-    "sd_seeds": ("SD seeds", "{:.1%}"),
-    "unseen": ("unseen actors", "{:.1%}"),
+def percent(share):
+    """A share as all pages write it: 65.5 %."""
+    return f"{100 * share:.1f} %"
+
+
+HEADINGS = {  # of the closing table
+    "uar": "test UAR",
+    "interval": "95 % interval",
+    "sd_folds": "SD folds",
+    "sd_seeds": "SD seeds",
+    "unseen": "unseen actors",
+    "accuracy": "acc",
+    "macro_f1": "macro-F1",
+    "train_accuracy": "train acc",
+    "validation_uar": "val UAR",
+    "validation_nll": "val NLL",
+    "nll": "NLL",
+    "ece": "ECE",
+    "ece_if_perfect": "if perfect",
 }
 
 
 def table_of(results):
-    """The closing table of console and report: texts, a row per system; `note` says why one did not run."""
-    summary = summarize(results).dropna(axis="columns", how="all")
-    table = pd.DataFrame({"system": results.titles})
-    for key in summary:
-        heading, form = FORMATS[key]
-        table[heading] = summary[key].map(form.format, na_action="ignore")
+    """The closing table of console, report and LaTeX: texts by system; `note` says why one did not run."""
+    summary = summarize(results)
+    texts = summary.map(percent, na_action="ignore")
+    texts["interval"] = texts["low"] + " to " + texts["high"]
+    texts.update(summary.filter(regex="nll|ece").map("{:.3f}".format, na_action="ignore"))
+    table = pd.DataFrame({"system": results.titles}).join(texts.filter(HEADINGS).rename(columns=HEADINGS))
     table["note"] = {name: f"not run: {why}" for name, why in results.config["not_run"].items()}
     return table.dropna(axis="columns", how="all").fillna("-")
+
+
+def plural(n, noun):
+    """A number of things: 1 clip, 2 clips."""
+    return f"{n} {noun}" + "s" * (n != 1)
 
 
 # %% 17. Files
@@ -2483,10 +2489,13 @@ def only_warning(but=False):
         print(f"warning: {error}", file=sys.stderr)
 
 
-def versions():
-    """The versions of what a result depends on."""
+def versions(device):
+    """What a result depends on: the hardware that computed it, and versions."""
     modules = {module.__name__: str(module.__version__) for module in (torch, np, pd)}
-    return {"python": platform.python_version(), "platform": platform.platform(terse=True)} | modules
+    threads = plural(torch.get_num_threads(), "thread")
+    hardware = f"{device} in {training_precision(device)}, {threads}"
+    return {"hardware": hardware, "python": platform.python_version(),
+            "platform": platform.platform(terse=True)} | modules
 
 
 def command_of(cfg):
@@ -2497,12 +2506,11 @@ def command_of(cfg):
 
 def pick_device(cfg):
     """The torch device type of --device: cuda, mps or cpu. Raises UserError when it is not there."""
-    usable = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    device = cfg.device
-    if device == "auto":
-        device = next(name for name, there in usable.items() if there)
+    mps = ["mps"] * torch.backends.mps.is_available()
+    there = ["cuda"] * torch.cuda.is_available() + mps + ["cpu"]
+    device = cfg.device.replace("auto", there[0])
     refuse({f"--device {device} is not available here: leave it out or use --device cpu":
-            not usable.get(device)})
+            device not in there})
     return device
 
 
@@ -2551,9 +2559,14 @@ def fetch_archive(folder):
 
 
 # %% 18. Plots
-def save_figure(figure, path, caveats):
-    """Save a figure with caveats below, show it in a notebook, close it."""
-    figure.supxlabel("; ".join(caveats), y=-0.02, va="top", fontsize=8, color="firebrick")
+def save_figure(figure, path, caveats, title="", words=True):
+    """Save a figure with its title and caveats above, show it in a notebook, close it.
+
+    Caveats about texts are left out unless there are `words` in it.
+    """
+    caveats = [caveat for caveat in caveats if words or "text: " not in caveat]
+    figure.set_layout_engine("constrained")  # close to its title
+    figure.suptitle("\n".join([title, *caveats]), y=1, va="bottom", fontsize=10)
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=110, bbox_inches="tight")
     if in_kernel():
@@ -2562,95 +2575,108 @@ def save_figure(figure, path, caveats):
     plt.close(figure)
 
 
-def save_plot(figure, results, name):
-    """Save a plot of results under its name."""
-    save_figure(figure, results.folder / "plots" / f"{name}.png", results.config["caveats"])
+def save_plot(figure, results, name, title, words=True):
+    """Save a plot of results under its name; its title ends with what the figures are of."""
+    save_figure(figure, results.folder / "plots" / f"{name}.png", results.config["caveats"],
+                f"{title}\n{results.config['subject']}", words)
 
 
-def plot_counts(clips, split, folder, caveats):
+def plot_counts(clips, subject, folder, caveats):
     """Clips per emotion in each split."""
-    figure, axis = plt.subplots(figsize=(9, 4.2), layout="constrained")
-    sns.countplot(clips, x="emotion", hue="split", order=classes_of(clips), hue_order=SPLITS, ax=axis)
-    axis.set(title=f"Clips per emotion, {len(clips)} in all, {split}", xlabel="", ylabel="clips")
-    save_figure(figure, folder / "plots" / "class_counts.png", caveats)
+    # Bars lie, so that long names are readable, however many there are.
+    figure = plt.figure(figsize=(7, 5))
+    sns.countplot(clips, y="emotion", hue="split", hue_order=SPLITS)
+    plt.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    save_figure(figure, folder / "plots" / "class_counts.png", caveats, f"{subject}, {len(clips)} clips",
+                words=False)
 
 
-def plot_samples(clips, cfg, caveats):
-    """The log-mel spectrogram of one training clip per emotion, by one actor if possible."""
-    samples = clips.query("split == 'train'").sort_values(["actor", "clip"]).drop_duplicates("emotion")
-    figure, axes = plt.subplots(1, len(samples), figsize=(2.4 * len(samples), 3.4), layout="constrained")
-    for axis, sample in zip(axes, samples.sort_values("emotion").itertuples()):
-        mel = sample.mel.astype(float).T  # (M, T)
-        seconds = mel.shape[1] * cfg.hop_length / cfg.sampling_rate
-        axis.imshow(mel, origin="lower", aspect="auto", cmap="magma", extent=(0, seconds, 0, len(mel)))
-        axis.set(title=f"{sample.emotion}\n{sample.actor}", xlabel="seconds", ylabel="mel band")
-    save_figure(figure, Path(cfg.output_dir, "plots", "samples.png"), caveats)
+def plot_samples(clips, subject, cfg, caveats):
+    """The log-mel spectrogram of one training clip per emotion, as AudioCNN hears it."""
+    samples = clips.query("split == 'train'").sort_values(["emotion", "actor", "clip"])
+    samples = samples.drop_duplicates("emotion")
+    windows = ClipDataset(samples, AudioCNN, cfg, "cpu").windows(range(len(samples)))  # (N, 1, M, T)
+    decibels = np.hstack(windows.squeeze(1).numpy()) * 10 / math.log(10)  # (M, N * T)
+    # Mel bands are evenly spaced in log(1 + kHz / 0.7).
+    low, high = np.log1p([0.05 / 0.7, cfg.sampling_rate / 1400])
+    figure = plt.figure(figsize=(8.5, 4.5), layout="constrained")
+    plt.imshow(decibels, aspect="auto", origin="lower", extent=(0, len(samples), low, high))
+    plt.colorbar(label="dB")
+    plt.gca().yaxis.set_major_formatter(lambda mel, _: f"{0.7 * math.expm1(mel):.1f} kHz")
+    names = samples["emotion"].astype(str) + "\n" + samples["clip"]
+    plt.xticks(np.arange(len(samples)) + 0.5, names, rotation=45, fontsize=7)
+    save_figure(figure, Path(cfg.output_dir, "plots", "samples.png"), caveats, f"{subject}, training clips",
+                words=False)
 
 
 def plot_curves(results):
     """Loss and accuracy by epoch of every model that was trained, the mean of all runs."""
-    # One row per split and kind of curve, as seaborn wants it.
-    curves = results.histories.assign(model=results.histories["system"].map(results.titles))
     kinds = ["train_loss", "validation_loss", "train_accuracy", "validation_accuracy"]
-    curves = curves.melt(["model", "epoch"], kinds)
+    curves = results.histories.replace(results.titles)
+    curves[kinds[2:]] *= 100
+    # One row per split and kind of curve, as seaborn wants it.
+    curves = curves.melt(["system", "epoch"], kinds)
     curves[["split", "kind"]] = curves["variable"].str.split("_", expand=True)
-    grid = sns.relplot(curves, x="epoch", y="value", row="kind", col="model", hue="split", kind="line",
-                       errorbar=None, height=2.6, facet_kws={"sharey": "row", "sharex": False})
-    grid.set_titles("{col_name}: {row_name}", size=8).set_ylabels("")
-    save_plot(grid.figure, results, "training_curves")
+    grid = sns.relplot(curves, x="epoch", y="value", row="system", col="kind", hue="split", kind="line",
+                       errorbar=None, marker="o", markersize=4, height=1.3, aspect=2.3,
+                       facet_kws={"sharey": "col", "sharex": False})
+    grid.set_titles("{row_name}: {col_name}", size=8)
+    sns.move_legend(grid, "outside right")
+    grid.map(lambda **_: plt.locator_params(axis="x", integer=True, min_n_ticks=1))  # whole epochs
+    save_plot(grid.figure, results, "training_curves", "Training, mean of all runs, accuracy in %")
 
 
 def plot_comparison(results):
-    """The UAR of all systems: on validation, on test with its interval, of each run, and by chance."""
-    summary = 100 * summarize(results).rename(results.titles)[::-1]
+    """The test UAR of all systems with its interval, and that of chance."""
+    summary = 100 * summarize(results)
+    # What sentences drawn by label are worth is another question than what can be heard.
+    colors = ["wheat" if reads_words(name) else "steelblue" for name in summary.index]
+    summary = summary.rename(results.titles)
     ends = [summary["uar"] - summary["low"], summary["high"] - summary["uar"]]
-    axis = summary["uar"].plot.barh(xerr=np.clip(ends, 0, 100), color="lightsteelblue", xlim=(0, 101),
-                                    figsize=(9.5, 1.5 + 0.35 * len(summary)), label="test, 95 % interval")
-    axis.plot(summary["validation_uar"], summary.index, "|", markersize=12, label="validation")
-    by_run = test_uar(results, "fold", "seed").rename(results.titles, level="system")
-    axis.plot(100 * by_run, by_run.index.get_level_values("system"), "k.", label="each run")
-    axis.axvline(100 / len(results.classes), color="firebrick", linestyle="--", label="chance")
-    axis.set(title="UAR in %", ylabel="")
+    axis = summary["uar"].plot.barh(xerr=np.clip(ends, 0, 100), color=colors, label="UAR, 95 % interval",
+                                    figsize=(9.5, 1.2 + 0.3 * len(summary)))
+    axis.axvline(100 / len(results.classes), color="firebrick", label="chance")
+    axis.invert_yaxis()
     axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
-    save_plot(axis.figure, results, "comparison")
+    save_plot(axis.figure, results, "comparison", "Test UAR in % with 95 % interval: sound alone is blue")
 
 
 def plot_reliability(results):
     """How often each system is right on test clips, by its confidence; ideally on the diagonal."""
-    lines = []
-    for name, part in results.test.groupby("system", sort=False):
-        bins = reliability(part, results.classes)
-        lines.append(bins.assign(system=f"{results.titles[name]}\nECE {calibration_error(bins):.3f}"))
-    grid = sns.relplot(pd.concat(lines, ignore_index=True), x="confidence", y="right", size="clips",
-                       col="system", col_wrap=4, height=2.8)
-    grid.map(plt.plot, "confidence", "right").set_titles("{col_name}", size=8)
-    grid.map(lambda **_: plt.axline((0, 0), slope=1, color="firebrick", linestyle="--"))
-    save_plot(grid.figure, results, "reliability")
+    test, confidence = results.test, results.test[results.classes].max(axis=1)
+    right = 100.0 * (test["emotion"] == test["predicted"])
+    lines = pd.DataFrame({"confidence in %": 100 * confidence, "right in %": right})
+    bins = lines.groupby([test["system"].map(results.titles), (15 * confidence).astype(int)], sort=False)
+    # Fewer clips say nothing of how often a system is right.
+    lines = bins.mean()[bins.size() >= 5].reset_index(names=["system", "bin"])
+    if lines.empty:
+        return
+    grid = sns.relplot(lines, x="confidence in %", y="right in %", col="system",
+                       col_wrap=4, height=2.2, kind="line", marker="o")
+    grid.set_titles("{col_name}", size=7)
+    grid.map(lambda **_: plt.axline((0, 0), slope=1, color="firebrick"))
+    save_plot(grid.figure, results, "reliability", "Right answers by confidence, bins of five clips and more")
 
 
 def plot_confusions(results):
     """The test confusion matrix of each system, in % of the true emotion, with counts: a file each."""
     for name, part in results.test.groupby("system", sort=False):
         counts = confusion(part, results.classes)
-        percent = 100 * counts.div(counts.sum(axis=1).clip(lower=1), axis=0)
-        texts = percent.map("{:.0f}\n".format) + counts.map("({})".format)
-        title = f"{results.titles[name]}: true (rows), predicted (columns), % (clips), UAR {uar_of(part):.1%}"
-        plot_grid(percent, texts, title, results, f"confusion_{SYSTEMS[name].file}")
-
-
-def plot_grid(values, texts, title, results, name):
-    """A heat map of a table of values, with texts in its cells."""
-    size = 4 + 0.6 * len(values.columns), 2.2 + 0.5 * len(values)  # readable with many speakers too
-    figure, axis = plt.subplots(figsize=size, layout="constrained")
-    sns.heatmap(values, annot=texts, fmt="", cbar=False, cmap="Blues", ax=axis, annot_kws={"fontsize": 8})
-    axis.set(title=title, xlabel="", ylabel="")
-    save_plot(figure, results, name)
+        shares = 100 * counts.div(counts.sum(axis=1).clip(lower=1), axis=0)
+        texts = shares.map("{:.0f} %\n".format) + counts.map("({})".format)
+        figure = plt.figure(figsize=(9, 4.2))
+        axis = sns.heatmap(shares, annot=texts, fmt="", cbar=False, cmap="Blues", annot_kws={"fontsize": 8})
+        axis.set(xlabel="predicted", ylabel="true")
+        plt.yticks(rotation=0)
+        title = f"{results.titles[name]}: test UAR {percent(uar_of(part))}"
+        save_plot(figure, results, f"confusion_{SYSTEMS[name].file}", title, reads_words(name))
 
 
 def uar_by(results, by):
-    """Test UAR in % of every system (rows) in the groups of a column (columns); of `emotion` its recall."""
-    figures = 100 * test_uar(results, by).unstack(by)
-    return figures.loc[results.test["system"].unique()].rename(results.titles)
+    """Test UAR of every system (rows) in the groups of a column, as texts; of `emotion` its recall."""
+    order = results.test["system"].unique(), results.test[by].unique()
+    figures = test_uar(results, by).unstack(by).loc[order]
+    return figures.map(percent).rename(results.titles)
 
 
 def draw_plots(results):
@@ -2664,22 +2690,111 @@ def draw_plots(results):
     plot_confusions(results)
     if len(results.histories):
         plot_curves(results)
-    if not results.several:
-        return
-    for by in ("emotion", "actor"):
-        grid = uar_by(results, by)
-        plot_grid(grid, grid.map("{:.0f}".format), f"Test UAR by {by} in %", results, f"by_{by}")
 
 
 # %% 19. Report
 REPORT = "emotion_recognition_report.docx"
-DOCX_ADVICE = "pip install python-docx, then --phase report makes it"
-PLOTS = "class_counts samples training_curves comparison reliability by_emotion by_actor".split()
+FIT = "train acc,val UAR,val NLL,NLL,ECE,if perfect".split(",")  # these make a table of their own
+# The report, paragraph by paragraph. `name | text` stands where parts_of has something of that name: a table
+# or a plot under its caption, else the sentence. What is not in this form is a heading.
+PAGES = """
+corpus | {date}: {subject}.
 
+corpus | {command}
 
-def has_docx():
-    """Whether python-docx, without which there is no report, is installed."""
-    return importlib.util.find_spec("docx") is not None
+Results
+
+results | Test split of {subject}.
+
+caveats | Mind: {caveats}.
+
+comparison | UAR of all systems, those that only hear in blue.
+
+fit | Training, validation and calibration.
+
+corpus | The 95 % interval says how far the UAR moves with the speakers who happen to be tested: they are
+drawn with replacement from the pooled test predictions, 2000 times. Few speakers make it rough. SD is the
+standard deviation over folds or seeds.
+
+oracles | For systems that read simulated sentences, these are drawn too. They come from a bank by label:
+such systems show how text and fusion work, not how well words tell feelings.
+
+corpus | UAR is the mean of the recalls of the emotions that occur; guessing gives one by their number. ECE
+is the mean distance of confidence and accuracy; beside it stands what it would be by chance if every
+confidence were right.
+
+corpus | Nobody who speaks in the test split was heard in training, unless this report says that speakers
+are shared. The test split is scored by the final models and decides nothing; what validation decides
+flatters validation a little.
+
+unseen_actors | One fold tests a fifth of the actors, and figures move by ten points and more from one set
+of actors to the next: compare systems over all five folds, never on one. Unseen actors are validation in no
+fold, so that no choice has heard them: {unseen_actors}.
+
+corpus | Nothing here measures what a person feels, and nothing here is fit for judging people.
+
+Data and split
+
+corpus | {audit}
+
+class_counts | Clips of each emotion in the splits.
+
+samples | Log-mel spectrograms, {clip_seconds} s of each clip, as AudioCNN hears them.
+
+ravdess | RAVDESS holds acted speech of 24 North American speakers. Livingstone S. R., Russo F. A. (2018),
+The Ryerson Audio-Visual Database of Emotional Speech and Song (RAVDESS), PLoS ONE 13(5): e0196391, licence
+CC BY-NC-SA 4.0.
+
+manifest | Corpus: the clips of {manifest}.
+
+Method
+
+corpus | Features: log-mel spectrograms of {n_mels} bands from 50 Hz to half of {sampling_rate} Hz; FFT
+windows of {n_fft} samples, {hop_length} samples apart. Silent ends {trim_db} dB below a clip's own peak are
+cut off, and {clip_seconds} s in the middle are heard.
+
+words | Words: sentences are cut after {max_tokens} words or word pieces, and a share of {word_dropout} is
+hidden in training. Text encoder of the BERT systems: {bert_model}.
+
+corpus | Training: AdamW (weight decay {weight_decay}) with a one-cycle learning rate, batches of
+{batch_size} clips, dropout {dropout}, label smoothing {label_smoothing}; sound in other voices, tempos and
+colours, mixed up ({mixup}). The moving average of the weights ({ema_decay} a step) after the last epoch is
+the model; no epoch is picked.
+
+corpus | Split: {split}. Validation decides temperatures, and the weights of learned fusions. Hardware:
+{versions[hardware]}.
+
+networks | Trained parameters (early fusion trains a head on frozen networks), epochs, and seconds of
+training in all runs; what validation decided in the first: temperatures, or weights of sound and words.
+
+training_curves | Loss and accuracy of every network.
+
+reliability | How often systems are right, by their confidence; on the straight line as often as they say.
+
+Details
+
+by_sex | Test UAR by sex.
+
+by_intensity | Test UAR by intensity.
+
+by_emotion | Recall of each emotion.
+
+by_actor | Test UAR by speaker, of the system that stands first.
+
+pairs | Paired differences in pooled UAR, in points, with the ends of their 95 % intervals.
+
+confusion_Audio* | Test clips in % of their true emotion, and how many.
+
+confusion_Text* | Test clips in % of their true emotion, and how many.
+
+confusion_*Fusion* | Test clips in % of their true emotion, and how many.
+
+Settings and versions
+
+shaping | Settings that shaped these figures.
+
+used | Versions.
+"""
 
 
 def printable(text):
@@ -2687,115 +2802,108 @@ def printable(text):
     return re.sub(r"[^\t\n\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "?", text)
 
 
-def meaning(config):
-    """What the figures mean, and what they do not, as sentences."""
-    manifest, foreign = config["settings"]["manifest"], config["settings"]["phase"] == "evaluate"
-    return holding({
-        "UAR is the mean of the recalls of the emotions that occur; guessing gives "
-        f"{100 / len(config['classes']):.1f} %.": True,
-        "Nobody who speaks in the test split was heard in training, unless this report says that speakers "
-        "are shared.": not foreign,
-        "One fold tests a fifth of the actors, and figures move by ten points and more from one set of "
-        "actors to the next: compare systems over all five folds, never on one.": config["unseen_actors"],
-        "Temperatures are fitted on the validation split, so its NLL and ECE flatter a little. The test "
-        "split is scored by the final models and decides nothing.": not foreign,
-        "Temperatures and fusion weights are those of the training; nothing was fitted on these clips. "
-        "Probabilities are renormalised over the emotions that both know.": foreign,
-        "Simulated sentences are drawn by label. Systems that read them show how text and fusion work, not "
-        "how well words tell feelings.": config["oracles"],
-        "The interval is a bootstrap of the pooled test predictions: actors are drawn with replacement, 2000 "
-        "times; for systems that read simulated sentences, sentences too. SD: standard deviation over folds "
-        "or seeds.": True,
-        "Unseen actors are validation in no fold, so that no choice has heard them: "
-        f"{', '.join(map(str, config['unseen_actors']))}.": config["unseen_actors"],
-        "The two sentences that RAVDESS's actors speak are the same in every emotion. RAVDESS holds acted "
-        "speech of 24 North American speakers.": not manifest,
-        "Nothing here measures what a person feels, and nothing here is fit for judging people.": True,
-        "Corpus: Livingstone S. R., Russo F. A. (2018), The Ryerson Audio-Visual Database of Emotional "
-        "Speech and Song (RAVDESS), PLoS ONE 13(5): e0196391, licence CC BY-NC-SA 4.0.": not manifest,
-        f"Corpus: the clips of {manifest}.": manifest,
-    })
-
-
-def mistakes_of(results, name):
-    """The ten most confident mistakes of a system on test clips, as a DataFrame."""
-    wrong = results.test.query("system == @name and emotion != predicted")
-    wrong = wrong.assign(confidence=wrong[results.classes].max(axis=1).round(3)).nlargest(10, "confidence")
-    return wrong[["clip", "actor", "emotion", "predicted", "confidence"]]
-
-
 def differences_table(results):
-    """Paired differences in points with their 95 % intervals, as texts; those that are sure have a star."""
-    # In points, since that is how UARs are spoken of.
-    pairs = paired_differences(results)
-    points = (100 * pairs[["difference", "low", "high"]]).round(1) + 0.0  # no -0.0
-    pairs["difference"] = [f"{gap:+.1f} ({low:+.1f} to {high:+.1f})" + "*" * bool(low > 0 or high < 0)
-                           for gap, low, high in points.to_numpy()]
-    return pairs.drop(columns=["low", "high"]).replace(results.titles)
+    """Paired differences with their 95 % intervals, as texts in points."""
+    pairs = paired_differences(results).replace(results.titles)
+    numbers = ["difference", "low", "high"]
+    pairs[numbers] = (100 * pairs[numbers]).map("{:+.1f}".format)
+    return pairs
 
 
-def report_sections(results):
-    """What stands in the report: {heading: list of sentences, DataFrames, and Paths of pictures}."""
-    config, first = results.config, results.test["system"].iloc[0]
-    sections = {"Results": [table_of(results), *(f"Mind: {caveat}." for caveat in config["caveats"])],
-                "Data and split": config["audit"]}
-    if config["encoder"]:
-        sections["Results"].append(f"Text encoder of the BERT systems: {config['settings']['bert_model']}.")
-    if results.several:
-        sections["Paired differences in pooled UAR, in points (*: the interval leaves out 0)"] = [
-            differences_table(results)]
-    for by in ("intensity", "sex", "emotion"):
-        if by in results.test:
-            clips = results.test.query("system == @first")[by].value_counts()
-            headings = {group: f"{group} ({n})" for group, n in clips.items()}
-            table = uar_by(results, by).map("{:.1f}".format).rename(columns=headings)
-            sections[f"Test UAR in % by {by} (clips)"] = [table.reset_index()]
-    # In the order of PLOTS, then the confusion matrices; draw_plots has removed all others.
-    order = {name: place for place, name in enumerate(PLOTS)}
-    plots = sorted(results.folder.glob("plots/*.png"))
-    plots = sorted(plots, key=lambda path: order.get(path.stem, len(PLOTS)))
-    return sections | {
-        f"{results.titles[first]}: the most confident mistakes": [mistakes_of(results, first)],
-        "Plots": plots,
-        "What the figures mean, and what they do not": meaning(config),
-        "How to repeat this": [config["command"], str(config["versions"])],
-        "Settings": [pd.DataFrame(config["settings"].items(), columns=["setting", "value"])]}
+def networks_table(results):
+    """A line per network: parameters, epochs and seconds of its training, and what validation decided."""
+    decided = next(iter(results.config["calibration"].values()))
+    table = results.histories.groupby("system").agg({"parameters": "first", "epoch": "max", "seconds": "sum"})
+    table = table.round().reindex([*decided]).convert_dtypes().astype(object).fillna("-")
+    table["decided"] = [str(np.round(value, 2)) for value in decided.values()]
+    return table.rename(results.titles).reset_index()
+
+
+def parts_of(results):
+    """What PAGES can name: settings, what config.json holds, plots, tables, and what holds or does not."""
+    config, table = results.config, table_of(results)
+    plots = {path.stem: path for path in sorted(results.folder.glob("plots/*.png"))}
+    settings = pd.Series(config["settings"]).drop(FREE)
+    return config["settings"] | config | plots | {
+        "audit": "\n".join(config["audit"]),
+        "caveats": "; ".join(config["caveats"]),
+        "words": any(map(reads_words, bootstrap(results))),
+        "ravdess": not config["settings"]["manifest"],
+        "results": table.drop(columns=FIT, errors="ignore"),
+        "fit": table.filter(["system", *FIT]),
+        "networks": len(results.histories) and networks_table(results),
+        "by_actor": uar_by(results, "actor")[:1].T.reset_index(),
+        **{f"by_{by}": uar_by(results, by).reset_index()
+           for by in ("sex", "intensity", "emotion") if by in results.test},
+        "pairs": len(config["calibration"]) > 1 and differences_table(results),
+        "shaping": settings[settings != ""].reset_index().set_axis(["setting", "value"], axis=1),
+        "used": pd.DataFrame(config["versions"].items(), columns=["what", "version"]),
+    }
+
+
+def load_docx():
+    """The package that writes .docx, or a UserError that says how to have the report after all."""
+    return load_package("docx", "pip install python-docx, then --phase report makes it")
 
 
 def write_report(results):
-    """Write the report as .docx in landscape, with the caveats of its run on every page."""
-    import docx
+    """Write the report as .docx on A4, with the caveats of its run and a number on every page."""
+    docx = load_docx()
     from docx.shared import Cm
-    document, config = docx.Document(), results.config
+    document, parts = docx.Document(), parts_of(results)
     page = document.sections[0]
-    # Landscape, since the table of results is wide.
-    page.page_width, page.page_height, page.left_margin, page.right_margin = map(Cm, (29.7, 21, 2, 2))
-    caveats = "; ".join(config["caveats"]) or f"{config['corpus']}, unseen speakers"
-    page.header.paragraphs[0].text = printable(caveats)
-    document.add_heading(printable(f"Speech emotion recognition: {config['corpus']}"), 0)
+    page.page_width, page.page_height, page.left_margin, page.right_margin = map(Cm, (21, 29.7, 2, 2))
+    page.header.paragraphs[0].text = printable(parts["caveats"])
+    page.footer.paragraphs[0]._p.append(word_element('fldSimple w:instr="PAGE"'))
+    document.styles["Normal"].font.size = Cm(0.32)
+    document.styles["Caption"].paragraph_format.keep_with_next = True
+    document.add_heading("Speech emotion recognition", 0)
 
-    for heading, parts in report_sections(results).items():
-        document.add_heading(printable(heading), 1)
-        for part in parts:
-            if isinstance(part, Path):
-                document.add_picture(str(part), width=Cm(17))
-            elif isinstance(part, str):
-                document.add_paragraph(printable(part), "List Bullet")
-            else:
-                add_table(document, part)
+    for paragraph in PAGES.strip().split("\n\n"):
+        pattern, _, text = " ".join(paragraph.split()).partition(" | ")
+        if not text:
+            document.add_heading(pattern, 1)
+        for name in fnmatch.filter(parts, pattern):
+            add_part(document, parts[name], printable(text.format_map(parts)))
     with replacing(results.folder / REPORT) as temporary:
         document.save(temporary)
 
 
+def add_part(document, part, text):
+    """Append a table or a picture to a docx document under a numbered caption, else the text if it holds."""
+    from docx.shared import Cm
+    if isinstance(part, pd.DataFrame):
+        if len(part):
+            document.add_paragraph(f"Table {len(document.tables) + 1}. {text}", "Caption")
+            add_table(document, part)
+    elif isinstance(part, Path):
+        document.add_paragraph(f"Figure {len(document.inline_shapes) + 1}. {text}", "Caption")
+        document.add_picture(str(part), Cm(17))
+    elif part:
+        document.add_paragraph(text, "List Bullet")
+
+
 def add_table(document, table):
-    """Append a DataFrame to a docx document, in small print."""
-    from docx.shared import Pt
-    rows = [list(table), *table.to_numpy(object).tolist()]
-    grid = document.add_table(len(rows), len(table.columns), "Light Grid Accent 1")
-    for texts, row in zip(rows, grid.rows):
-        for text, cell in zip(texts, row.cells):
-            cell.paragraphs[0].add_run(printable(str(text))).font.size = Pt(8)
+    """Append a DataFrame to a docx document; no row breaks, and the header is repeated on every page."""
+    from docx.shared import Cm
+    rows = [list(table), *table.astype(str).to_numpy().tolist()]
+    widths = [7 + min(24, max(map(len, texts))) for texts in zip(*rows)]
+    grid = document.add_table(len(rows), len(widths), "Light Shading Accent 1")
+    # Word goes by the widths of cells, others by those of columns.
+    for column, width, texts in zip(grid.columns, widths, zip(*rows)):
+        column.width = Cm(17 * width / sum(widths))
+        for text, cell in zip(texts, column.cells):
+            cell.text, cell.width = printable(text), column.width
+    for row in grid.rows:
+        row._tr.get_or_add_trPr().append(word_element("cantSplit"))
+    grid.rows[0]._tr.trPr.append(word_element("tblHeader"))
     document.add_paragraph()  # tables that touch become one
+
+
+def word_element(tag):
+    """An element of Word's own language, which python-docx has no name for."""
+    from docx.oxml import ns, parse_xml
+    return parse_xml(f"<w:{tag} {ns.nsdecls('w')}/>")
 
 
 # %% 20. Prediction on one's own recordings
@@ -2982,9 +3090,10 @@ def save_course(name, course, predictor, cfg):
     path = Path(cfg.output_dir, "recordings", f"{plain}.csv")
     save_table(path, course, predictor.caveats)
     probabilities = course.set_index("end")[predictor.classes]
-    axis = probabilities.plot.area(figsize=(12, 4), title=name, xlabel="seconds", ylabel="probability")
-    axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
-    save_figure(axis.figure, path.with_suffix(".png"), predictor.caveats)
+    axis = probabilities.plot.area(figsize=(9, 3.5), xlabel="seconds", ylabel="probability")
+    axis.legend(loc="upper left", bbox_to_anchor=(1, 1), reverse=True)  # in the order of the stack
+    title = f"Emotion over time, {SYSTEMS[predictor.first].title}: {name}"
+    save_figure(axis.figure, path.with_suffix(".png"), predictor.caveats, title, words=False)
     return str(path)
 
 
@@ -3202,8 +3311,9 @@ def write_data(corpus, clips_of, cfg):
         if corpus.words in ("simulated", "whisper"):
             texts = pickle.dumps(dict(zip(clips["clip"], clips["transcript"])))
             save(path.with_name(f"ravdess_transcripts_{corpus.words}.pkl"), texts)
-    plot_counts(clips, title_of_split(corpus, run).lower(), folder, corpus.caveats)
-    plot_samples(clips, cfg, corpus.caveats)
+    subject = f"{corpus.name}, {title_of_split(corpus, run).lower()}"
+    plot_counts(clips, subject, folder, corpus.caveats)
+    plot_samples(clips, subject, cfg, corpus.caveats)
     return audit
 
 
@@ -3223,9 +3333,9 @@ def models_asked(cfg, corpus):
 
 def train_run(run, names, clips, corpus, device):
     """Train the models of a run that are not up to date; all checkpoints that are then there and valid."""
-    reasons, threads = {}, torch.get_num_threads()
-    print(f"\nPlan: {device} in {training_precision(device)}, {threads} thread{'s' * (threads > 1)}, results "
-          f"in {run.output_dir}" + ", edits of the code are not noticed in a notebook" * (not definitions()))
+    reasons = {}
+    print(f"\nPlan: {versions(device)['hardware']}, results in {run.output_dir}"
+          + ", edits of the code are not noticed in a notebook" * (not definitions()))
     for name in names:
         reasons[name], what = plan_of(run, name, clips, reasons)
         print(f"  {SYSTEMS[name].title:24} {what}", flush=True)
@@ -3265,17 +3375,22 @@ def not_run(answered, cfg, corpus):
 
 def write_results(cfg, corpus, table, histories, **facts):
     """Write the results of a run or of an evaluation and facts about its models, then show them."""
-    words = corpus.words == "simulated"
-    missing = not_run(set(table["system"]), cfg, corpus)
-    titles = {name: system.title + " (oracle text)" * (words and reads_words(name))
-              for name, system in SYSTEMS.items() if name in {*table["system"], *missing}}
+    ran, test = list(table["system"].unique()), table[table["split"] == "test"]
+    # Where nobody is named, each clip is a voice of its own.
+    clips, voices = plural(test["clip"].nunique(), "test clip"), plural(voices_of(test).nunique(), "voice")
+    missing = not_run(ran, cfg, corpus)
+    oracles = [*filter(reads_words, ran)] * (corpus.words == "simulated")
+    titles = {name: system.title + " (oracle text)" * (name in oracles)
+              for name, system in SYSTEMS.items() if name in [*ran, *missing]}
     save_results(cfg.output_dir, {
         "corpus": corpus.name,
+        "subject": ", ".join([corpus.name, title_of_split(corpus, cfg).lower(), clips, voices]),
+        "date": time.strftime("%Y-%m-%d"),
         "settings": cfg._asdict(),
-        "versions": versions(),
+        "versions": versions(pick_device(cfg)),
         "classes": classes_of(corpus.clips),
         "titles": titles,
-        "oracles": [name for name in titles if words and reads_words(name)],
+        "oracles": oracles,
         "unseen_actors": unseen_actors(corpus.clips) if corpus.split == "speaker" else [],
         "not_run": missing,
         **facts,
@@ -3287,12 +3402,15 @@ def write_results(cfg, corpus, table, histories, **facts):
 def publish(results):
     """Tables on the console, metrics.json, plots and report of Results. Raises UserError."""
     save(results.folder / "metrics.json", all_figures(results))
-    caveats = "; ".join(results.config["caveats"]) or "unseen speakers"
-    print(f"\n{results.config['corpus']} ({caveats})\n{table_of(results).to_string(index=False)}", flush=True)
+    table, caveats = table_of(results), "; ".join(results.config["caveats"]) or "unseen speakers"
+    title = f"{results.config['subject']} ({caveats})"
+    print(f"\n{title}\n{table.to_string(index=False)}", flush=True)
+    # A LaTeX document needs the package booktabs for it.
+    save(results.folder / "results.tex", f"% {title}\n{table.to_latex(index=False, escape=True)}".encode())
     draw_plots(results)
-    if has_docx():
+    with only_warning():
         write_report(results)
-    print(f"Report: {results.folder / REPORT}" + f" is left out: {DOCX_ADVICE}" * (not has_docx()))
+        print(f"Report: {results.folder / REPORT}")
 
 
 def train_phase(cfg):
@@ -3312,8 +3430,8 @@ def train_phase(cfg):
     audit = write_data(corpus, clips_of, cfg)
     if cfg.phase == "data":
         return
-    if not has_docx():
-        print(f"The .docx will be left out: {DOCX_ADVICE}")
+    with only_warning():  # now: after an hour of training it comes late
+        load_docx()
     trained = {run: train_run(run, names, clips, corpus, device) for run, clips in clips_of.items()}
     write_results(cfg, corpus, **results_of(trained, clips_of), audit=audit, command=command_of(cfg))
 
@@ -3333,7 +3451,11 @@ def results_of(trained, clips_of):
         answers = predict(log_probs, windows, calibration[str(key)], run)
         tables.append(predictions_table(answers, clips, classes_of(clips), **key))
         for name, checkpoint in checkpoints.items():
-            histories.append(pd.DataFrame(checkpoint.history).assign(system=name, **key))
+            # Frozen parts are not trained, and what normalisation counts is no parameter.
+            sizes = [tensor.numel() for part, tensor in checkpoint.weights.items()
+                     if not re.search("^encoders|running_|_tracked", part)]
+            history = pd.DataFrame(checkpoint.history)
+            histories.append(history.assign(system=name, parameters=sum(sizes), **key))
     return {
         "table": with_ensembles(pd.concat(tables, ignore_index=True), classes_of(clips)),
         "histories": pd.concat(histories),
@@ -3367,7 +3489,9 @@ def evaluate_phase(cfg):
     classes, emotions = classes_of(corpus.clips), whole.clips["emotion"]
     unknown = counted(emotions[~emotions.isin(classes)])
     audit = [*describe_corpus(whole),
-             f"Emotions compared: {', '.join(classes)}. Clips left out, unknown to the models: {unknown}."]
+             f"Emotions compared: {', '.join(classes)}. Clips left out, unknown to the models: {unknown}.",
+             "Temperatures and fusion weights are those of the training; nothing was fitted on these clips. "
+             "Probabilities are renormalised over the emotions that both know."]
     print(*audit, sep="\n")
     save_table(Path(work.output_dir, "left_out.csv"), whole.left_out, predictor.caveats)
     write_results(work, corpus, elsewhere(predictor, corpus), pd.DataFrame(columns=["system"]),
