@@ -3225,6 +3225,95 @@ def test_titles_of_plots_name_corpus_split_clips_and_speakers(copied, titled):
     assert titled["confusion_AudioCNN"].startswith("AudioCNN: test UAR ")
 
 
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures of plots by name, still open; none is saved."""
+    found = {}
+
+    def keep(figure, path, *_, **__):
+        found[Path(path).stem] = figure
+
+    monkeypatch.setattr(er, "save_figure", keep)
+    yield found
+    er.plt.close("all")
+
+
+def test_training_curves_have_whole_epochs_and_accuracies_in_percent(copied, drawn):
+    er.plot_curves(er.read_results(OUTPUT))
+    axes = drawn["training_curves"].axes
+    assert len(axes) == 2 * len(er.TRAINED)
+    highest = 0
+    for axis in axes:
+        low, high = axis.get_xlim()
+        ticks = [tick for tick in axis.get_xticks() if low <= tick <= high]
+        assert ticks
+        assert all(tick == round(tick) for tick in ticks)
+        if "accuracy" in axis.get_title():
+            highest = max(highest, *(line.get_ydata().max() for line in axis.lines if len(line.get_ydata())))
+    assert 1 < highest <= 100
+
+
+def test_reliability_shows_no_bin_of_fewer_than_five_clips(copied, drawn):
+    results = er.read_results(OUTPUT)
+    er.plot_reliability(results)
+    axes = {axis.get_title(): axis for axis in drawn["reliability"].axes}
+    for name, part in results.test.groupby("system"):
+        counts, confidence, right = er.reliability(part, results.classes)
+        kept = counts >= 5
+        shown = []
+        if results.titles[name] in axes:
+            shown = axes[results.titles[name]].lines[0].get_xydata()
+        expected = 100 * np.stack([confidence, right])[:, kept] / counts[kept]
+        assert np.allclose(np.reshape(shown, (-1, 2)), expected.T)
+
+
+def test_the_comparison_sets_sound_apart_from_oracle_text(copied, drawn):
+    results = er.read_results(OUTPUT)
+    er.plot_comparison(results)
+    axis = drawn["comparison"].axes[0]
+    names = [label.get_text() for label in axis.get_yticklabels()]
+    colors = dict(zip(names, (bar.get_facecolor() for bar in axis.patches)))
+    assert names == list(results.titles.values())
+    assert axis.yaxis_inverted()
+    for title, color in colors.items():
+        assert (color == colors["AudioCNN"]) == ("oracle" not in title)
+
+
+def test_emotion_over_time_is_titled_and_its_legend_has_the_order_of_the_stack(copied, titled, monkeypatch):
+    predictor = er.Predictor(OUTPUT)
+    figures = []
+    keep = er.save_figure
+    monkeypatch.setattr(er, "save_figure", lambda figure, *rest, **options: (
+        figures.append(figure), keep(figure, *rest, **options)))
+    samples = np.tile(speech(), 8)
+    course = predictor.predict_over_time(samples, RATE)
+    er.save_course("talk.wav", course, predictor, config(output_dir="out"))
+    caveat = "synthetic demo corpus: the figures mean nothing"
+    assert titled["talk.wav"] == f"Emotion over time, AudioCNN: talk.wav\n{caveat}"
+    legend = figures[0].axes[0].get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == predictor.classes[::-1]
+
+
+def test_the_hardware_of_one_thread_is_singular(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert er.versions("cpu")["hardware"].endswith(", 1 thread")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert er.versions("cpu")["hardware"].endswith(", 2 threads")
+
+
+def test_spectrograms_name_kilohertz_decibels_and_clips(demo, drawn):
+    cfg, clips = demo
+    er.plot_samples(clips, "RAVDESS", cfg, ())
+    axis, scale = drawn["samples"].axes
+    drawn["samples"].canvas.draw()
+    assert scale.get_ylabel() == "dB"
+    ticks = [label.get_text() for label in axis.get_yticklabels()]
+    assert all(tick.endswith(" kHz") for tick in ticks)
+    names = [label.get_text().split("\n") for label in axis.get_xticklabels()]
+    assert [emotion for emotion, _ in names] == er.EMOTIONS
+    assert {clip for _, clip in names} <= set(clips["clip"])
+
+
 def test_runs_without_words_say_nothing_of_sentences(finished, titled, capsys):
     copy_models(finished, "cnn", folder=OUTPUT)
     er.main([*DEMO, "--run-models", "cnn"])
