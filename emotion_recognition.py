@@ -78,6 +78,7 @@ from collections import namedtuple
 from dataclasses import dataclass, replace
 from pathlib import Path, PureWindowsPath
 
+# What is slow to import and seldom used, such as seaborn, is imported where it is used.
 # Threads that wait by spinning make training many times slower beside other work. Libraries read this when
 # they are loaded; what the user has set stays.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -88,7 +89,6 @@ import soundfile
 import soxr
 import torch
 import torch.nn.functional as F
-from scipy.optimize import minimize
 from scipy.special import log_softmax, softmax
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
@@ -98,7 +98,6 @@ from tqdm.contrib.concurrent import thread_map
 if "ipykernel" not in sys.modules:  # inherited from a notebook, it may name what is not installed here
     os.environ.pop("MPLBACKEND", None)
 import matplotlib.pyplot as plt
-import seaborn as sns
 
 __version__ = "2.0"
 
@@ -2102,6 +2101,7 @@ def fit_fusion_weights(logs, labels):
     A penalty draws them to 1 / P, the geometric mean: two validation actors leave much open. Its strength
     was chosen where weights of one validation actor are scored on the other.
     """
+    from scipy.optimize import minimize
     # Every emotion weighs the same, as in UAR.
     share, even = 1 / np.bincount(labels)[labels], 1 / len(logs)
 
@@ -2583,6 +2583,7 @@ def save_plot(figure, results, name, title, words=True):
 
 def plot_counts(clips, subject, folder, caveats):
     """Clips per emotion in each split."""
+    import seaborn as sns
     # Bars lie, so that long names are readable, however many there are.
     figure = plt.figure(figsize=(7, 5))
     sns.countplot(clips, y="emotion", hue="split", hue_order=SPLITS)
@@ -2611,6 +2612,7 @@ def plot_samples(clips, subject, cfg, caveats):
 
 def plot_curves(results):
     """Loss and accuracy by epoch of every model that was trained, the mean of all runs."""
+    import seaborn as sns
     kinds = ["train_loss", "validation_loss", "train_accuracy", "validation_accuracy"]
     curves = results.histories.replace(results.titles)
     curves[kinds[2:]] *= 100
@@ -2643,6 +2645,7 @@ def plot_comparison(results):
 
 def plot_reliability(results):
     """How often each system is right on test clips, by its confidence; ideally on the diagonal."""
+    import seaborn as sns
     test, confidence = results.test, results.test[results.classes].max(axis=1)
     right = 100.0 * (test["emotion"] == test["predicted"])
     lines = pd.DataFrame({"confidence in %": 100 * confidence, "right in %": right})
@@ -2660,6 +2663,7 @@ def plot_reliability(results):
 
 def plot_confusions(results):
     """The test confusion matrix of each system, in % of the true emotion, with counts: a file each."""
+    import seaborn as sns
     for name, part in results.test.groupby("system", sort=False):
         counts = confusion(part, results.classes)
         shares = 100 * counts.div(counts.sum(axis=1).clip(lower=1), axis=0)
@@ -2668,7 +2672,8 @@ def plot_confusions(results):
         axis = sns.heatmap(shares, annot=texts, fmt="", cbar=False, cmap="Blues", annot_kws={"fontsize": 8})
         axis.set(xlabel="predicted", ylabel="true")
         plt.yticks(rotation=0)
-        title = f"{results.titles[name]}: test UAR {percent(uar_of(part))}"
+        figures = summarize(results).loc[name, ["uar", "low", "high"]].map(percent)
+        title = "{}: test UAR {}, 95 % interval {} to {}".format(results.titles[name], *figures)
         save_plot(figure, results, f"confusion_{SYSTEMS[name].file}", title, reads_words(name))
 
 
@@ -2781,6 +2786,8 @@ by_emotion | Recall of each emotion.
 
 by_actor | Test UAR by speaker, of the system that stands first.
 
+mistakes | The most confident mistakes of the system that stands first.
+
 pairs | Paired differences in pooled UAR, in points, with the ends of their 95 % intervals.
 
 confusion_Audio* | Test clips in % of their true emotion, and how many.
@@ -2800,6 +2807,14 @@ used | Versions.
 def printable(text):
     """A text with a question mark for every character that XML does not admit."""
     return re.sub(r"[^\t\n\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "?", text)
+
+
+def mistakes_of(results):
+    """The ten most confident mistakes of the first system on test clips, as texts."""
+    wrong = results.test.query("system == system.iloc[0] and emotion != predicted")
+    wrong = wrong.assign(confidence=wrong[results.classes].max(axis=1)).nlargest(10, "confidence")
+    wrong["confidence"] = wrong["confidence"].map(percent)
+    return wrong[["clip", "actor", "emotion", "predicted", "confidence"]]
 
 
 def differences_table(results):
@@ -2835,6 +2850,7 @@ def parts_of(results):
         "by_actor": uar_by(results, "actor")[:1].T.reset_index(),
         **{f"by_{by}": uar_by(results, by).reset_index()
            for by in ("sex", "intensity", "emotion") if by in results.test},
+        "mistakes": mistakes_of(results),
         "pairs": len(config["calibration"]) > 1 and differences_table(results),
         "shaping": settings[settings != ""].reset_index().set_axis(["setting", "value"], axis=1),
         "used": pd.DataFrame(config["versions"].items(), columns=["what", "version"]),
