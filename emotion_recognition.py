@@ -104,7 +104,7 @@ __version__ = "2.0"
 # %% 3. Configuration: every constant is a flag (EPOCHS_CNN -> --epochs-cnn), its comment the help text
 # fmt: off
 # What to run
-RAVDESS_PATH = "./archive/audio_speech_actors_01-24/"  # folder that is searched for RAVDESS speech clips
+RAVDESS_PATH = "./archive/audio_speech_actors_01-24/"  # folder that is searched for RAVDESS clips
 MANIFEST = ""                    # your own corpus: CSV of path, emotion and maybe speaker, transcript, split
 DOWNLOAD = False                 # fetch the official archive of RAVDESS (208 MB) if it is not there
 OUTPUT_DIR = "outputs"           # folder for checkpoints, tables, plots and the report
@@ -3232,7 +3232,7 @@ def describe_corpus(corpus):
     kinds = left_out["reason"].where(left_out["reason"].isin(PASSED_OVER), "unusable")
     broken = left_out[kinds == "unusable"]
     unnamed = "" in set(clips["actor"])
-    speakers = f" of {clips['actor'].nunique()} actors" * (not unnamed)
+    speakers = f" of {plural(clips['actor'].nunique(), 'actor')}" * (not unnamed)
     sentences = holding({
         f"{len(clips) + len(left_out)} files in {corpus.source}: {len(clips)} clips{speakers} are used; left "
         f"out: {counted(kinds)} (left_out.csv).": True,
@@ -3246,8 +3246,8 @@ def describe_corpus(corpus):
     same = clips[clips.duplicated("digest", keep=False)].groupby("digest")["clip"].agg(list)
     for first, second, *more in same[:1]:
         others = f" and {len(more)} more" * bool(more)
-        sentences.append(f"Same bytes under several names, {len(same)} times, the first: {first} = {second}"
-                         f"{others}.")
+        sentences.append(f"Same bytes under several names: {plural(len(same), 'time')}, the first {first} = "
+                         f"{second}{others}.")
     sentences += [f"Left out: {line.path}: {line.reason}." for line in broken[:10].itertuples()]
     return sentences + holding({f"Left out: {len(broken) - 10} more, see left_out.csv.": len(broken) > 10})
 
@@ -3269,10 +3269,11 @@ def missing_clips(clips):
     return f"Missing from the {len(expected)} clips of RAVDESS: {len(missing)}{first}."
 
 
-def title_of_split(corpus, run):
-    """What to call the split of a run."""
-    titles = {"random": "Random split", "speaker": f"Fold {run.folds}"}
-    return titles.get(corpus.split, "Split of the manifest")
+def title_of_split(corpus, cfg):
+    """What to call the split of a run, or those of several."""
+    folds = cfg.folds.replace(",", ", ")
+    titles = {"random": "random split", "speaker": f"fold{'s' * (folds != folds[0])} {folds}"}
+    return titles.get(corpus.split, "split of the manifest")
 
 
 def describe_split(clips, corpus, run):
@@ -3290,8 +3291,8 @@ def describe_split(clips, corpus, run):
     texts += holding({
         f"{shared} actors stand in several splits": shared,
         f"{other.mean():.1%} of the clips with a sentence of another emotion ({noise})": other.any(),
-        f"{left} clips are left out, since their bytes occur in an earlier split": left})
-    return f"{title_of_split(corpus, run)}: {'; '.join(texts)}."
+        f"{plural(left, 'clip')} left out, since the bytes occur in an earlier split": left})
+    return f"{title_of_split(corpus, run).capitalize()}: {'; '.join(texts)}."
 
 
 def describe_transcripts(corpus):
@@ -3327,7 +3328,7 @@ def write_data(corpus, clips_of, cfg):
         if corpus.words in ("simulated", "whisper"):
             texts = pickle.dumps(dict(zip(clips["clip"], clips["transcript"])))
             save(path.with_name(f"ravdess_transcripts_{corpus.words}.pkl"), texts)
-    subject = f"{corpus.name}, {title_of_split(corpus, run).lower()}"
+    subject = f"{corpus.name}, {title_of_split(corpus, run)}"
     plot_counts(clips, subject, folder, corpus.caveats)
     plot_samples(clips, subject, cfg, corpus.caveats)
     return audit
@@ -3392,15 +3393,16 @@ def not_run(answered, cfg, corpus):
 def write_results(cfg, corpus, table, histories, **facts):
     """Write the results of a run or of an evaluation and facts about its models, then show them."""
     ran, test = list(table["system"].unique()), table[table["split"] == "test"]
-    # Where nobody is named, each clip is a voice of its own.
-    clips, voices = plural(test["clip"].nunique(), "test clip"), plural(voices_of(test).nunique(), "voice")
+    subject = [corpus.name, title_of_split(corpus, cfg), plural(test["clip"].nunique(), "test clip")]
+    if "" not in set(test["actor"]):
+        subject.append(plural(test["actor"].nunique(), "speaker"))
     missing = not_run(ran, cfg, corpus)
     oracles = [*filter(reads_words, ran)] * (corpus.words == "simulated")
     titles = {name: system.title + " (oracle text)" * (name in oracles)
               for name, system in SYSTEMS.items() if name in [*ran, *missing]}
     save_results(cfg.output_dir, {
         "corpus": corpus.name,
-        "subject": ", ".join([corpus.name, title_of_split(corpus, cfg).lower(), clips, voices]),
+        "subject": ", ".join(subject),
         "date": time.strftime("%Y-%m-%d"),
         "settings": cfg._asdict(),
         "versions": versions(pick_device(cfg)),

@@ -884,7 +884,7 @@ def test_clips_that_leave_for_their_bytes_are_counted(unpublished):
     shutil.copy(Path("own", trained), Path("own", tested))
 
     sentences = data_of(*flags)
-    assert "1 clips are left out, since their bytes occur in an earlier split" in sentences[-1]
+    assert "1 clip left out, since the bytes occur in an earlier split" in sentences[-1]
     clips = pd.read_csv("outputs/clips.csv")
     assert trained in set(clips["clip"])
     assert tested not in set(clips["clip"])
@@ -972,7 +972,7 @@ def test_bytes_in_two_splits_of_a_manifest_stay_in_the_first_and_that_is_said(un
         table.write("sound/more.wav,happy,4,test\n")
     copied_to.write_bytes(copied_from.read_bytes())
     audit = data_of(*flags)
-    assert "1 clips are left out, since their bytes occur in an earlier split" in audit[-1]
+    assert "1 clip left out, since the bytes occur in an earlier split" in audit[-1]
     clips = pd.read_csv("outputs/clips.csv").set_index("clip")["split"]
     assert "sound/003.wav" not in clips
     assert clips["sound/000.wav"] == "train"
@@ -1644,14 +1644,34 @@ def test_help_is_the_trailing_comment_of_each_constant(monkeypatch):
         assert f"{comment} (default: {value})" in text
 
 
-def test_readme_lists_the_flags_and_no_others():
-    path = SCRIPT.with_name("README.md")
-    text = path.read_text(encoding="utf-8")
-    for name, (value, comment) in constants_of_the_source().items():
-        line = f"| `{flag(name)}` | `{value}` | {comment} |"
-        assert line in text
+def test_readme_lists_twenty_flags_as_they_are_and_names_no_others():
+    text = SCRIPT.with_name("README.md").read_text(encoding="utf-8")
+    lines = [line for line in text.splitlines() if line.startswith("| `--")]
+    assert len(lines) == 20
+    known = [f"| `{flag(name)}` | `{value}` | {comment} |"
+             for name, (value, comment) in constants_of_the_source().items()]
+    assert lines == [line for line in known if line in lines]
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text))
     assert named <= flags_there() | {"--to"}
+
+
+def test_readme_is_short_and_its_first_lines_can_be_run():
+    lines = SCRIPT.with_name("README.md").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 230
+    assert max(map(len, lines)) <= 110
+    start = "\n".join(lines[:30])
+    for command in ("uv run emotion_recognition.py --demo", "python3 -m venv .venv",
+                    "pip install -r requirements.txt", "python emotion_recognition.py --demo", "&& pytest"):
+        assert command in start
+
+
+def test_the_python_of_the_readme_answers_for_a_recording(finished, capsys):
+    readme = SCRIPT.with_name("README.md").read_text(encoding="utf-8")
+    code, = re.findall("```python\n(.+?)```", readme, re.DOTALL)
+    shutil.copytree(finished / OUTPUT, "outputs")
+    written("me.wav", speech())
+    exec(code, {})
+    assert re.search(f"AudioCNN +({'|'.join(er.EMOTIONS)})", capsys.readouterr().out)
 
 
 def test_settings_are_read_only():
@@ -3220,7 +3240,7 @@ def test_every_plot_says_what_is_wrong_with_its_figures(copied, titled):
 def test_titles_of_plots_name_corpus_split_clips_and_speakers(copied, titled):
     er.draw_plots(er.read_results(OUTPUT))
     for name, title in titled.items():
-        assert "RAVDESS, fold 0, 32 test clips, 2 voices" in title, name
+        assert "RAVDESS, fold 0, 32 test clips, 2 speakers" in title, name
     assert "Test UAR in % with 95 % interval" in titled["comparison"]
     assert titled["confusion_AudioCNN"].startswith("AudioCNN: test UAR ")
 
@@ -6638,7 +6658,7 @@ def test_the_real_corpus_is_complete_and_its_quiet_clips_survive(unpublished):
     assert "Missing from the 1440 clips of RAVDESS: 0." in audit
     by_emotion = ", ".join(f"{emotion} 192" for emotion in er.EMOTIONS[1:])
     assert f"Clips per emotion: neutral 96, {by_emotion}." in audit
-    assert any(sentence.startswith("Same bytes under several names, ") for sentence in audit)
+    assert any(sentence.startswith("Same bytes under several names: ") for sentence in audit)
 
     paths = clips["path"][clips["actor"].isin([9, 20])]
     peaks = [np.abs(soundfile.read(path)[0]).max() for path in paths]
