@@ -2646,14 +2646,13 @@ def plot_comparison(results):
 def plot_reliability(results):
     """How often each system is right on test clips, by its confidence; ideally on the diagonal."""
     import seaborn as sns
-    test, confidence = results.test, results.test[results.classes].max(axis=1)
-    right = 100.0 * (test["emotion"] == test["predicted"])
-    lines = pd.DataFrame({"confidence in %": 100 * confidence, "right in %": right})
-    bins = lines.groupby([test["system"].map(results.titles), (15 * confidence).astype(int)], sort=False)
+    bins = {results.titles[name]: reliability(part, results.classes)
+            for name, part in results.test.groupby("system", sort=False)}
     # Fewer clips say nothing of how often a system is right.
-    lines = bins.mean()[bins.size() >= 5].reset_index(names=["system", "bin"])
+    lines = pd.concat(bins, names=["system", "bin"]).query("clips >= 5").reset_index()
     if lines.empty:
         return
+    lines[["confidence in %", "right in %"]] = 100 * lines[["confidence", "right"]]
     grid = sns.relplot(lines, x="confidence in %", y="right in %", col="system",
                        col_wrap=4, height=2.2, kind="line", marker="o")
     grid.set_titles("{col_name}", size=7)

@@ -3278,13 +3278,12 @@ def test_reliability_shows_no_bin_of_fewer_than_five_clips(copied, drawn):
     er.plot_reliability(results)
     axes = {axis.get_title(): axis for axis in drawn["reliability"].axes}
     for name, part in results.test.groupby("system"):
-        counts, confidence, right = er.reliability(part, results.classes)
-        kept = counts >= 5
+        bins = er.reliability(part, results.classes)
+        kept = bins[bins["clips"] >= 5]
         shown = []
         if results.titles[name] in axes:
             shown = axes[results.titles[name]].lines[0].get_xydata()
-        expected = 100 * np.stack([confidence, right])[:, kept] / counts[kept]
-        assert np.allclose(np.reshape(shown, (-1, 2)), expected.T)
+        assert np.allclose(np.reshape(shown, (-1, 2)), 100 * kept[["confidence", "right"]])
 
 
 def test_the_comparison_sets_sound_apart_from_oracle_text(copied, drawn):
