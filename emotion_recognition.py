@@ -165,10 +165,10 @@ ALLOWED = {  # texts: one of them; numbers: least and most, floats if written so
     "split": ("speaker", "random"),
     "seed": (0, 2**31),
     "test_views": (1, 5),
-    "max_tokens": (4, 2**31),
-    "sampling_rate": (4000, 2**31),
+    "max_tokens": (4, 512),
+    "sampling_rate": (4000, 192000),
     "n_mels": (16, 512),
-    "n_fft": (64, 2**31),
+    "n_fft": (64, 65536),
     "sentence_noise": (0.0, 1.0),
     "ema_decay": (0.0, 0.9999),
     **dict.fromkeys(("dropout", "word_dropout", "label_smoothing"), (0.0, 0.99)),
@@ -247,6 +247,7 @@ def source_code():
 def usage_error(message):
     """Raise a UserError in place of argparse's SystemExit, which would end a notebook's cell in a dump."""
     flags = [flag_of(name, True) for name in SETTINGS]
+    flags += [flag_of(name, False) for name in SETTINGS if SETTINGS[name] is bool]
     typed, *_ = [*re.findall(r"(?<!\S)--?[\w-]+", message), ""]
     meant, *_ = [*difflib.get_close_matches(typed.lower(), flags, 1, 0.7), typed]
     hint = "--help lists every flag"
@@ -317,7 +318,10 @@ def check_settings(cfg):
     # One corpus a run; --download fills the folder of --ravdess-path.
     corpora = holding({f"--manifest {cfg.manifest}": cfg.manifest, "--demo": cfg.demo,
                        "--ravdess-path or --download": cfg.download or "ravdess_path" in cfg.given})
+    for_predict = not {"input", "text", "json"}.isdisjoint(cfg.given)
     refuse({
+        f"--input, --text and --json go with --phase predict: leave them out, or --phase {cfg.phase}":
+            for_predict and cfg.phase != "predict",
         f"{' and '.join(corpora)} are corpora of their own: leave out all but one": len(corpora) > 1,
         "--phase evaluate needs another corpus: name its table with --manifest":
             cfg.phase == "evaluate" and not cfg.manifest,
@@ -408,11 +412,14 @@ def read_corpus(cfg):
             clips.empty})
     split, words = split_kind(clips, cfg), words_kind(clips, cfg)
     name = Path(cfg.manifest).name or "RAVDESS"
+    asked = not {"sentence_noise", "sentences_csv"}.isdisjoint(cfg.given)
+    refuse({f"--sentence-noise and --sentences-csv are for simulated sentences, which {name} does not use: "
+            "leave them out": asked and words != "simulated"})
     return Corpus(name, str(source), clips, left_out, split, words, caveats_of(split, words, cfg))
 
 
 def without_emotions(files, cfg):
-    """The listed files without the classes of --leave-out, which is the reason of their clips. Raises."""
+    """Listed files without the classes of --leave-out, their clips with that reason. Raises UserError."""
     classes, unwanted = classes_of(files), names_in(cfg.leave_out)
     wanted = [emotion for emotion in classes if emotion not in unwanted]
     refuse({f"--leave-out {cfg.leave_out} is not a list out of {', '.join(classes)} that leaves two and more":
@@ -453,7 +460,7 @@ def unusable(left_out):
     if broken.empty:
         return ""
     path, reason = broken.iloc[0]
-    return f"{len(broken)} clips cannot be used (the first, {path}: {reason}); "
+    return f"{plural(len(broken), 'clip')} cannot be used (the first, {path}: {reason}); "
 
 
 def audio_files(folder, suffixes=(*AUDIO_SUFFIXES, ".mp4")):
@@ -543,7 +550,8 @@ def read_table(path, needed, optional, advice):
     columns = [*needed, *optional]
     named = [name for name in reader.fieldnames or [] if name in columns]
     wide = next((number for number, row in rows.items() if None in row), 0)
-    refuse({f"{path} line 1 must name the columns {' and '.join(needed)}, and none twice: {advice}":
+    refuse({f"{path} line 1 must name the columns {' and '.join(needed)}, none twice, with commas between: "
+            f"{advice}":
             not set(needed) <= set(named) or len(set(named)) < len(named),
             f"{path} line {wide}: it has more columns than line 1 (quote what has commas): {advice}": wide})
 
@@ -671,7 +679,7 @@ def split_clips(corpus, run):
     for emotion, split in lacking[:1]:
         there = corpus.clips.query("emotion == @emotion")
         first = "".join(there["path"][:1]) or "none"
-        every = ",".join(dict.fromkeys(emotion for emotion, _ in lacking))
+        every = ",".join(dict.fromkeys([*names_in(run.leave_out), *(emotion for emotion, _ in lacking)]))
         raise UserError(f"{unusable(corpus.left_out)}no {emotion} clip is left for {split}, of {len(there)} "
                         f"by {there['actor'].nunique()} speakers (the first: {first}): complete "
                         f"{corpus.source} (see --ravdess-path and --manifest), choose other --folds, or go "
@@ -686,8 +694,8 @@ def deal(clips, key, validation, test):
 
 
 def fold_actors(actors, fold):
-    """(validation actors, test actors) of one fold; other than the 24 actors are dealt into five groups."""
-    if actors == list(range(1, 25)):
+    """(validation actors, test actors) of one fold; other actors than RAVDESS's go into five groups."""
+    if len(actors) > 22 and set(actors) <= set(range(1, 25)):  # one may be missing, and folds stay
         return VALIDATION_ACTORS[fold], TEST_ACTORS[fold]
     # Another corpus has no published folds: every fifth speaker is tested, the next one validates.
     groups = min(5, len(actors))
@@ -706,7 +714,8 @@ def random_digests(clips, seed):
         _, rest = part(once, test_size=0.3, stratify=once["emotion"])
         return part(rest["digest"], test_size=0.5, stratify=rest["emotion"])
     except ValueError as error:
-        raise UserError(f"too few clips of some emotion for --split random ({error})") from error
+        raise UserError(f"too few clips of some emotion for a random split ({error}): add clips, or a column "
+                        "speaker, or go on with --leave-out EMOTION") from error
 
 
 # %% 6. Sentences and transcripts
@@ -1020,8 +1029,8 @@ def loud_part(samples, rate, trim_db):
     """The slice without both ends `trim_db` below the clip's own peak, but for 50 ms before, 100 ms after."""
     # Relative to the clip's own peak: ten clips of RAVDESS peak below 1 % of full scale.
     level = np.abs(samples)
-    loud = (level >= 0.9999 * level.max() * 10 ** (-trim_db / 20)).tobytes()  # bytes are searched fast
-    return slice(max(0, loud.index(1) - rate // 20), loud.rindex(1) + rate // 10)
+    loud = np.flatnonzero(level >= 0.9999 * level.max() * 10 ** (-trim_db / 20))
+    return slice(max(0, loud[0] - rate // 20), loud[-1] + rate // 10)
 
 
 def load_package(name, advice):
@@ -1982,7 +1991,7 @@ def stale_because(cfg, name, clips, ending="_best.pth"):
 
 
 def take_back(cfg, name, clips):
-    """Whether the checkpoint that the last training replaced is what is asked for; it then changes places."""
+    """Swap a checkpoint with the one that it replaced, if that is what is asked for; whether it did."""
     if stale_because(cfg, name, clips, PREVIOUS):
         return False
     # Killed in between, what was asked for is still found.
@@ -2200,7 +2209,8 @@ def read_results(folder):
     path, tables = Path(folder, "config.json"), {}
     config = read_back(path)
     refuse({f"{path} is foreign: make it again with --phase all, or name another --output-dir":
-            not (isinstance(config, dict) and set(config) >= RESULT_KEYS)})
+            not (isinstance(config, dict) and set(config) >= RESULT_KEYS
+                 and set(config["settings"]) >= set(Settings._fields))})
     for name, key in config["tables"].items():
         file = path.with_name(f"{name}.csv")
         content = read_back(file, Path.read_bytes)
@@ -2758,14 +2768,16 @@ windows of {n_fft} samples, {hop_length} samples apart. Silent ends {trim_db} dB
 cut off, and {clip_seconds} s in the middle are heard.
 
 words | Words: sentences are cut after {max_tokens} words or word pieces, and a share of {word_dropout} is
-hidden in training. Text encoder of the BERT systems: {bert_model}.
+hidden in training.
+
+encoder | Text encoder of the BERT systems: {bert_model}.
 
 corpus | Training: AdamW (weight decay {weight_decay}) with a one-cycle learning rate, batches of
 {batch_size} clips, dropout {dropout}, label smoothing {label_smoothing}; sound in other voices, tempos and
 colours, mixed up ({mixup}). The moving average of the weights ({ema_decay} a step) after the last epoch is
 the model; no epoch is picked.
 
-corpus | Split: {split}. Validation decides temperatures, and the weights of learned fusions. Hardware:
+corpus | Split: {subject}. Validation decides temperatures, and the weights of learned fusions. Hardware:
 {versions[hardware]}.
 
 networks | Trained parameters (early fusion trains a head on frozen networks), epochs, and seconds of
@@ -2846,7 +2858,8 @@ def parts_of(results):
         "results": table.drop(columns=FIT, errors="ignore"),
         "fit": table.filter(["system", *FIT]),
         "networks": len(results.histories) and networks_table(results),
-        "by_actor": uar_by(results, "actor")[:1].T.reset_index(),
+        "unseen_actors": ", ".join(map(str, config["unseen_actors"])),
+        "by_actor": "" not in set(results.test["actor"]) and uar_by(results, "actor")[:1].T.reset_index(),
         **{f"by_{by}": uar_by(results, by).reset_index()
            for by in ("sex", "intensity", "emotion") if by in results.test},
         "mistakes": mistakes_of(results),
@@ -2931,10 +2944,10 @@ FREE = "phase output_dir device download input text json whisper_model reuse_edi
 def checkpoints_together(cfg):
     """The Checkpoints of OUTPUT_DIR by system, but for those that were not trained beside the first one.
 
-    Who is passed over is said once, since the others can answer. Raises UserError when there is none.
+    Each one passed over is named once, since the others can answer. Raises UserError when there is none.
     """
     # The first one decides who belongs together: same seed, same clips, same parts.
-    found, runs = {}, sorted(Path(cfg.output_dir).glob("fold_*_seed_*"))
+    found, runs = {}, sorted(Path(cfg.output_dir).glob("fold_*_seed_*/*_best.pth"))
     for name in (name for name in TRAINED if file_of(cfg, name).exists()):
         with only_warning(not found):
             checkpoint = read_checkpoint(cfg, name)
@@ -2946,7 +2959,8 @@ def checkpoints_together(cfg):
                     f"{TRAIN_AGAIN}": change})
             found[name] = checkpoint
     several = runs and (not found or len(saved_in(cfg.output_dir, "calibration", {})) > 1)
-    refuse({f"{cfg.output_dir} holds several runs: name one of them, --output-dir {[*runs, ''][0]}": several,
+    first = "".join(str(path.parent) for path in runs[:1])
+    refuse({f"{cfg.output_dir} holds several runs: name one of them, --output-dir {first}": several,
             f"{cfg.output_dir} holds no trained model: {TRAIN_AGAIN}": not found})
     return found
 
@@ -3288,7 +3302,7 @@ def describe_split(clips, corpus, run):
     noise = f"{run.sentence_noise:.1%} dealt anew"
     left = len(corpus.clips) - len(clips)
     texts += holding({
-        f"{shared} actors stand in several splits": shared,
+        f"{plural(shared, 'actor')} in several splits": shared,
         f"{other.mean():.1%} of the clips with a sentence of another emotion ({noise})": other.any(),
         f"{plural(left, 'clip')} left out, since the bytes occur in an earlier split": left})
     return f"{title_of_split(corpus, run).capitalize()}: {'; '.join(texts)}."
@@ -3366,8 +3380,8 @@ def train_run(run, names, clips, corpus, device):
 def plan_of(run, name, clips, reasons):
     """(why a system is trained, "" if not; what the plan says of it); `reasons` has those of its parts."""
     checkpoint, state = file_of(run, name), file_of(run, name, "_training.pth")
-    parts = [f"{SYSTEMS[part].title} will be" for part in SYSTEMS[name].parts if reasons.get(part)]
-    reason = ", ".join(parts) or stale_because(run, name, clips)
+    parts = [f"since {SYSTEMS[part].title} is" for part in SYSTEMS[name].parts if reasons.get(part)]
+    reason = " and ".join(parts) or stale_because(run, name, clips)
     if reason and not parts and take_back(run, name, clips):
         return "", "taken back, the training that replaced it is kept"
     if reason:

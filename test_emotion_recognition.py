@@ -820,7 +820,7 @@ def test_random_split_is_stratified_and_keeps_same_bytes_together(seed, all_name
 def test_a_random_split_of_too_few_clips_is_refused(few_clips):
     unpacked(few_clips)
     sentence = refusal_of("--ravdess-path", "corpus", "--split", "random")
-    assert "too few clips of some emotion for --split random" in sentence
+    assert "too few clips of some emotion for a random split" in sentence
 
 
 @pytest.mark.parametrize(("actors", "stays"), [  # of fold 0: 1 trains, 3 validates, 2 is tested
@@ -961,6 +961,25 @@ def test_of_many_clips_that_cannot_be_used_ten_are_named_and_all_are_listed(few_
     assert named[-1] == "Left out: 14 more, see left_out.csv."
     assert "unusable 24" in audit[0]
     assert len(pd.read_csv("outputs/left_out.csv")) == 24
+
+
+def test_leaving_out_adds_up_where_another_emotion_is_missing_too(few_clips):
+    unpacked({name: data for name, data in few_clips.items() if "/03-01-07" not in name})
+    sentence = refusal_of("--ravdess-path", "corpus", "--leave-out", "calm")
+    assert sentence.endswith("--leave-out calm,disgust")
+
+
+def test_settings_of_simulated_sentences_are_refused_where_a_table_has_its_own():
+    flags = own_corpus(["happy", "sad"], transcript=lambda emotion, *_: f"It is {emotion}.")
+    sentence = refusal_of(*flags, "--sentence-noise", "0.5")
+    assert "for simulated sentences, which corpus.csv does not use: leave them out" in sentence
+
+
+def test_one_missing_actor_of_ravdess_moves_no_other_one_to_another_fold():
+    for missing in range(1, 25):
+        actors = [actor for actor in range(1, 25) if actor != missing]
+        for fold in range(5):
+            assert er.fold_actors(actors, fold) == (er.VALIDATION_ACTORS[fold], er.TEST_ACTORS[fold])
 
 
 def test_bytes_in_two_splits_of_a_manifest_stay_in_the_first_and_that_is_said(unpublished):
@@ -1813,11 +1832,18 @@ def test_what_is_no_flag_is_named_in_the_error(argv):
     ("--OUTPUT-DIR x", "--output-dir"),
     ("-demo", "--demo"),
     ("--no-seed", "--seed"),
+    ("--no-use-simulated-sentence", "--no-use-simulated-sentences"),
 ])
 def test_a_mistyped_flag_names_the_nearest_one(typed, meant):
     sentence = outcome(*typed.split())
     assert sentence.startswith("unrecognized arguments: ")
     assert sentence.endswith(f"(did you mean {meant}?)")
+
+
+@pytest.mark.parametrize("argv", ["--input a.wav --phase all", "--text hello", "--phase data --json"])
+def test_flags_of_predictions_are_refused_in_other_phases(argv):
+    sentence = outcome(*argv.split())
+    assert sentence.startswith("--input, --text and --json go with --phase predict: leave them out")
 
 
 def test_help_is_grouped_as_the_constants_are_and_shows_every_phase(capsys):
@@ -2859,7 +2885,7 @@ def test_new_epochs_retrain_the_model_and_what_hangs_on_it(paired, trained, unpu
     plan = plan_of(capsys.readouterr().out)
     assert plan["AudioCNN"] == "is trained (epochs_cnn 1 -> 2)"
     assert plan["TextRNN"] == "used again"
-    assert plan["Early fusion, RNN"] == "is trained (AudioCNN will be)"
+    assert plan["Early fusion, RNN"] == "is trained (since AudioCNN is)"
     assert trained == ["cnn", "fusion_rnn", "attention_rnn"]
 
     after = times_of_checkpoints()
@@ -3135,6 +3161,20 @@ def test_results_that_lack_something_end_a_report_in_a_sentence(key, copied, und
     er.save(OUTPUT / "config.json", content)
     with pytest.raises(er.UserError, match=r"config.json is foreign.*--phase all"):
         er.main(["--demo", "--phase", "report"])
+
+
+def test_results_that_lack_a_setting_of_today_are_one_sentence(copied, unpublished, undrawn):
+    config = config_of()
+    del config["settings"]["leave_out"]
+    (OUTPUT / "config.json").write_text(json.dumps(config))
+    with pytest.raises(er.UserError, match=r"config.json is foreign: make it again with --phase all"):
+        er.main(["--demo", "--phase", "report", "--leave-out", "calm"])
+
+
+def test_folders_of_runs_that_trained_nothing_are_no_runs(copied):
+    for name in ("fold_0_seed_42", "fold_1_seed_42"):
+        (OUTPUT / name).mkdir()
+    assert set(er.checkpoints_together(config(output_dir=str(OUTPUT)))) == set(er.TRAINED)
 
 
 def test_a_report_of_other_data_than_those_beside_it_is_refused(copied, unpublished, undrawn):
@@ -4741,7 +4781,7 @@ def test_a_manifest_is_split_by_speaker():
 @pytest.mark.parametrize(("tested", "caveats", "end"), [
     (2, [], "."),
     (1, ["split of the manifest: speakers shared between splits or unknown"],
-     "; 1 actors stand in several splits."),
+     "; 1 actor in several splits."),
 ])
 def test_a_split_of_the_manifest_is_kept_and_shared_speakers_are_counted(tested, caveats, end, monkeypatch):
     titles = []
@@ -5969,7 +6009,7 @@ ONE_SENTENCE = {  # what is wrong: (command line, what the sentence must name, h
         "--ravdess-path own", "2 clips cannot be used|own/Actor_02/03-01-07|not readable|"
         "no disgust clip is left for validation", lambda _: break_clips("03-01-07-*-02.wav")),
     "too few clips to deal": (
-        "--ravdess-path own --split random", "too few clips of some emotion|--split random",
+        "--ravdess-path own --split random", "too few clips of some emotion|random split|--leave-out",
         lambda _: (remove("03-01-07-*-0[1-5].wav"), remove("03-01-07-*-01-01-06.wav"))),
     "broken torchaudio": (OWN, 'torchaudio|OSError|pip install "torch', break_torchaudio),
 
