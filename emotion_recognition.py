@@ -318,10 +318,7 @@ def check_settings(cfg):
     # One corpus a run; --download fills the folder of --ravdess-path.
     corpora = holding({f"--manifest {cfg.manifest}": cfg.manifest, "--demo": cfg.demo,
                        "--ravdess-path or --download": cfg.download or "ravdess_path" in cfg.given})
-    for_predict = not {"input", "text", "json"}.isdisjoint(cfg.given)
     refuse({
-        f"--input, --text and --json go with --phase predict: leave them out, or --phase {cfg.phase}":
-            for_predict and cfg.phase != "predict",
         f"{' and '.join(corpora)} are corpora of their own: leave out all but one": len(corpora) > 1,
         "--phase evaluate needs another corpus: name its table with --manifest":
             cfg.phase == "evaluate" and not cfg.manifest,

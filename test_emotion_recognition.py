@@ -1690,7 +1690,7 @@ def test_the_python_of_the_readme_answers_for_a_recording(finished, capsys):
     shutil.copytree(finished / OUTPUT, "outputs")
     written("me.wav", speech())
     exec(code, {})
-    assert re.search(f"AudioCNN +({'|'.join(er.EMOTIONS)})", capsys.readouterr().out)
+    assert capsys.readouterr().out.strip() in er.EMOTIONS
 
 
 def test_settings_are_read_only():
@@ -1838,12 +1838,6 @@ def test_a_mistyped_flag_names_the_nearest_one(typed, meant):
     sentence = outcome(*typed.split())
     assert sentence.startswith("unrecognized arguments: ")
     assert sentence.endswith(f"(did you mean {meant}?)")
-
-
-@pytest.mark.parametrize("argv", ["--input a.wav --phase all", "--text hello", "--phase data --json"])
-def test_flags_of_predictions_are_refused_in_other_phases(argv):
-    sentence = outcome(*argv.split())
-    assert sentence.startswith("--input, --text and --json go with --phase predict: leave them out")
 
 
 def test_help_is_grouped_as_the_constants_are_and_shows_every_phase(capsys):
@@ -4845,7 +4839,7 @@ def test_names_that_look_like_something_else_survive_the_whole_pipeline(trained,
         assert set(table["predicted"]) <= set(emotions)
 
     text = text_of(OWN_REPORT)
-    for words in ("corpus.csv, fold 0, 6 test clips, 1 voice.", "<b>&", "$x_y", "001 6", "of own/corpus.csv"):
+    for words in ("corpus.csv, fold 0, 6 test clips, 1 speaker.", "<b>&", "$x_y", "001 6", "of own/corpus.csv"):
         assert words in text, words
     for words in ("RAVDESS,", "oracle", "intensity", "Simulated sentences", "North American"):
         assert words not in text, words
@@ -6069,7 +6063,7 @@ ONE_SENTENCE = {  # what is wrong: (command line, what the sentence must name, h
         "none holds no trained model|--phase all|--output-dir"),
     "several runs": (
         "--phase predict --input own --output-dir many", f"several runs|{Path('many', 'fold_0_seed_42')}",
-        lambda _: touch("many/fold_0_seed_42", "a")),
+        lambda _: touch("many/fold_0_seed_42", "TextRNN_best.pth")),
     "recordings, other settings": (f"{PREDICT} --n-mels 80", f"--n-mels=80 contradicts {OUTPUT}"),
     "recordings, only words known": (
         PREDICT, "read words|--text",
