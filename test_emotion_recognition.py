@@ -4839,7 +4839,7 @@ def test_names_that_look_like_something_else_survive_the_whole_pipeline(trained,
         assert set(table["predicted"]) <= set(emotions)
 
     text = text_of(OWN_REPORT)
-    for words in ("corpus.csv, fold 0, 6 test clips, 1 speaker.", "<b>&", "$x_y", "001 6", "of own/corpus.csv"):
+    for words in ("corpus.csv, fold 0, 6 test clips, 1 speaker.", "<b>&", "$x_y", "001 6", "own/corpus.csv"):
         assert words in text, words
     for words in ("RAVDESS,", "oracle", "intensity", "Simulated sentences", "North American"):
         assert words not in text, words
