@@ -323,7 +323,7 @@ def check_settings(cfg):
         "--phase evaluate needs another corpus: name its table with --manifest":
             cfg.phase == "evaluate" and not cfg.manifest,
         f"--run-models {cfg.run_models!r} is not a list of names out of {', '.join(known)}":
-            not names or not names <= set(known),
+            not names or names.difference(known),
         f"--folds {cfg.folds!r} is not a list of different folds out of 0,1,2,3,4":
             sorted(set(folds) & set("01234")) != sorted(folds) or not folds,
         "--split random has no folds: leave out --folds and --runs, or --split random":
@@ -420,15 +420,9 @@ def without_emotions(files, cfg):
     classes, unwanted = classes_of(files), names_in(cfg.leave_out)
     wanted = [emotion for emotion in classes if emotion not in unwanted]
     refuse({f"--leave-out {cfg.leave_out} is not a list out of {', '.join(classes)} that leaves two and more":
-            not set(unwanted) <= set(classes) or len(wanted) < 2})
+            set(unwanted).difference(classes) or len(wanted) < 2})
     reasons = files["reason"].mask(files["emotion"].isin(unwanted), "--leave-out")
     return files.assign(emotion=files["emotion"].cat.set_categories(wanted), reason=reasons)
-
-
-def of_emotions(clips, emotions):
-    """The clips of some emotions, which become the classes."""
-    clips = clips[clips["emotion"].isin(emotions)].reset_index(drop=True)
-    return clips.assign(emotion=clips["emotion"].cat.set_categories(emotions))
 
 
 def find_corpus(cfg):
@@ -1778,17 +1772,16 @@ def fit_epoch(trainer, loader, validation, number):
                         f"--learning-rate-{trainer.model.suffix}")
 
     # One pass over validation an epoch, no more: every pass draws from the generator.
-    scores = validation_scores(logits_of(trainer.average, validation), validation.labels)
-    seconds = time.perf_counter() - start
-    return {"epoch": number, "train_loss": loss, "train_accuracy": accuracy, **scores, "seconds": seconds}
-
-
-def validation_scores(logits, labels):
-    """Loss, accuracy and UAR of logits (N, C), as the history of a training has them."""
+    logits, labels = logits_of(trainer.average, validation), validation.labels
     found = logits.argmax(dim=1)
-    return {"validation_loss": float(F.cross_entropy(logits, labels)),
-            "validation_accuracy": float((found == labels).float().mean()),
-            "validation_uar": recall(labels.numpy(), found.numpy())}
+    return {
+        "epoch": number,
+        "train_loss": loss,
+        "train_accuracy": accuracy,
+        "validation_loss": float(F.cross_entropy(logits, labels)),
+        "validation_accuracy": float((found == labels).float().mean()),
+        "validation_uar": recall(labels.numpy(), found.numpy()),
+        "seconds": time.perf_counter() - start}
 
 
 @torch.inference_mode()
@@ -2794,8 +2787,6 @@ by_emotion | Recall of each emotion.
 
 by_actor | Test UAR by speaker, of the system that stands first.
 
-mistakes | The most confident mistakes of the system that stands first.
-
 pairs | Paired differences in pooled UAR, in points, with the ends of their 95 % intervals.
 
 confusion_Audio* | Test clips in % of their true emotion, and how many.
@@ -2815,14 +2806,6 @@ used | Versions.
 def printable(text):
     """A text with a question mark for every character that XML does not admit."""
     return re.sub(r"[^\t\n\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "?", text)
-
-
-def mistakes_of(results):
-    """The ten most confident mistakes of the first system on test clips, as texts."""
-    wrong = results.test.query("system == system.iloc[0] and emotion != predicted")
-    wrong = wrong.assign(confidence=wrong[results.classes].max(axis=1)).nlargest(10, "confidence")
-    wrong["confidence"] = wrong["confidence"].map(percent)
-    return wrong[["clip", "actor", "emotion", "predicted", "confidence"]]
 
 
 def differences_table(results):
@@ -2859,7 +2842,6 @@ def parts_of(results):
         "by_actor": "" not in set(results.test["actor"]) and uar_by(results, "actor")[:1].T.reset_index(),
         **{f"by_{by}": uar_by(results, by).reset_index()
            for by in ("sex", "intensity", "emotion") if by in results.test},
-        "mistakes": mistakes_of(results),
         "pairs": len(config["calibration"]) > 1 and differences_table(results),
         "shaping": settings[settings != ""].reset_index().set_axis(["setting", "value"], axis=1),
         "used": pd.DataFrame(config["versions"].items(), columns=["what", "version"]),
@@ -3282,7 +3264,7 @@ def missing_clips(clips):
 def title_of_split(corpus, cfg):
     """What to call the split of a run, or those of several."""
     folds = cfg.folds.replace(",", ", ")
-    titles = {"random": "random split", "speaker": f"fold{'s' * (folds != folds[0])} {folds}"}
+    titles = {"random": "random split", "speaker": f"fold{'s' * (',' in folds)} {folds}"}
     return titles.get(corpus.split, "split of the manifest")
 
 
@@ -3541,7 +3523,8 @@ def shared_emotions(corpus, classes, cfg):
     shared = [emotion for emotion in classes if emotion in classes_of(corpus.clips)]
     refuse({f"{cfg.manifest} has {', '.join(shared) or 'no emotion'} in common with the models of "
             f"{cfg.output_dir}, fewer than two of {', '.join(classes)}: see --manifest": len(shared) < 2})
-    clips = of_emotions(corpus.clips, shared).assign(split="test")
+    clips = corpus.clips[corpus.clips["emotion"].isin(shared)].reset_index(drop=True)
+    clips = clips.assign(split="test", emotion=clips["emotion"].cat.set_categories(shared))
     words = "manifest" if "transcript" in clips else f"{cfg.manifest} has no column transcript"
     return replace(corpus, clips=clips, words=words, split="manifest")
 
