@@ -109,7 +109,7 @@ MANIFEST = ""                    # your own corpus: CSV of path, emotion and may
 DOWNLOAD = False                 # fetch the official archive of RAVDESS (208 MB) if it is not there
 OUTPUT_DIR = "outputs"           # folder for checkpoints, tables, plots and the report
 PHASE = "all"                    # stages to run; fusion trains the parts that it needs too
-RUN_MODELS = "cnn,rnn,bert,fusion_rnn,fusion_bert"  # models to train, comma-separated
+RUN_MODELS = "cnn,speech,rnn,bert,fusion_rnn,fusion_bert"  # models to train, comma-separated
 REUSE_EDITED = False             # keep models that were trained by another version of this code
 INPUT = ""                       # a recording, or a folder of them, for --phase predict
 TEXT = ""                        # what is said in INPUT; else Whisper's transcript, if its weights are there
@@ -128,6 +128,7 @@ USE_SIMULATED_SENTENCES = True   # sentences drawn by label (an oracle); no: Whi
 SENTENCE_NOISE = 0.0             # share of clips whose sentences are dealt anew, whatever their emotion
 SENTENCES_CSV = ""               # your own sentences: columns emotion, sentence; 5 or more per emotion
 WHISPER_MODEL = "base"           # Whisper checkpoint, a name or a file
+WHISPER_LANGUAGE = "en"          # language of what Whisper transcribes; empty: detected
 BERT_MODEL = "distilbert-base-uncased"  # pretrained text encoder, a hub name or a folder
 MAX_TOKENS = 40                  # longest transcript, in words or word pieces
 FUSION = "concat"                # early fusion joins features; attention: both attend first; or both kinds
@@ -138,6 +139,7 @@ CLIP_SECONDS = 2.56              # length of the window that the network sees
 N_MELS = 64                      # mel bands, 50 Hz to half the sampling rate
 N_FFT = 1024                     # samples in an FFT window
 HOP_LENGTH = 256                 # samples between two frames
+SPEECH_ENCODER = "whisper"       # what SpeechEncoder hears with: WHISPER_MODEL, or a hub name or folder
 # Training
 EPOCHS_CNN = 72                  # passes over the training split, AudioCNN
 EPOCHS_RNN = 20                  # the same, TextRNN
@@ -147,6 +149,7 @@ LEARNING_RATE_CNN = 2e-3         # peak of the one-cycle schedule, AudioCNN
 LEARNING_RATE_RNN = 2e-3         # the same, TextRNN
 LEARNING_RATE_BERT = 1e-4        # the same, TextBERT
 LEARNING_RATE_FUSION = 2e-3      # the same, early fusion
+SPEECH_C = 3e-3                  # inverse strength of the penalty on SpeechEncoder's head
 BATCH_SIZE = 32                  # clips in a batch
 WEIGHT_DECAY = 0.05              # AdamW, on weight matrices only
 DROPOUT = 0.4                    # share of features dropped before a head
@@ -174,6 +177,7 @@ ALLOWED = {  # texts: one of them; numbers: least and most, floats if written so
     **dict.fromkeys(("dropout", "word_dropout", "label_smoothing"), (0.0, 0.99)),
     **dict.fromkeys(("trim_db", "weight_decay", "mixup"), (0.0, 1e6)),
     "clip_seconds": (0.0, 600.0),
+    "speech_c": (1e-9, 1e6),
     **dict.fromkeys(map("learning_rate_{}".format, ("cnn", "rnn", "bert", "fusion")), (0.0, 1e6)),
 }
 LISTS = "run_models", "folds", "leave_out"  # texts of comma-separated names
@@ -183,6 +187,7 @@ DEMO_SETTINGS = {
     "learning_rate_bert": 2e-3,
     "ravdess_path": "archive/demo/corpus",
     "bert_model": "archive/demo/distilbert",
+    "whisper_model": "archive/demo/whisper.pt",
 }
 EMOTIONS = ["neutral", "calm", "happy", "sad", "angry", "fearful", "disgust", "surprised"]  # in code order
 SPLITS = "train", "validation", "test"
@@ -219,6 +224,12 @@ class Settings(namedtuple("Settings", [*map(str.lower, SETTINGS), "given"])):
     def fold(self):
         """The fold of a single run."""
         return int(self.folds)
+
+    @property
+    def cache(self):
+        """The folder of what is kept by content, shared by all runs of OUTPUT_DIR."""
+        folder = Path(self.output_dir)
+        return (folder.parent if folder.match("fold_*_seed_*") else folder) / "cache"
 
 
 def flag_of(name, value):
@@ -354,10 +365,10 @@ class Corpus:
     """A corpus that was read, and all that it decides where settings leave things open.
 
     `source` is its folder or table. `clips` has a row per usable clip, sorted by name: clip, path, emotion
-    (categories in the order of the labels), actor, digest of the file's bytes, mel (T, M), and what else the
-    corpus knows (intensity, statement, repetition, sex, split, transcript). `left_out` has the path of every
-    other file, and the reason. `split` says how clips are dealt: speaker, random, manifest, or shared (the
-    manifest's own, with speakers in several splits or unknown). `words` says where sentences come from:
+    (categories in the order of the labels), actor, digest of the file's bytes, mel (T, M), samples (n,) and
+    what else it knows (intensity, statement, repetition, sex, split, transcript). `left_out` has the path of
+    every other file, and the reason. `split` says how clips are dealt: speaker, random, manifest, or shared
+    (the manifest's own, with speakers in several splits or unknown). `words` says where sentences come from:
     simulated, whisper, manifest, or, when there are none, why. `caveats` is what every page must say.
     """
 
@@ -387,8 +398,8 @@ PASSED_OVER = ["second copy", "song", "video", "other name", "--leave-out"]  # w
 UNFINISHED = ".unfinished"  # ends the name of a folder that --download is still filling
 RESERVED = {  # columns of tables: names that no emotion may have
     *"system fold seed split clip actor emotion true predicted caveats transcript intensity sex".split(),
-    *"statement repetition digest path mel confidence accuracy start end voiced recording error".split(),
-    *"model note text text_source over_time by clips uar nll ece macro_f1".split(),
+    *"statement repetition digest path mel samples confidence accuracy start end voiced recording".split(),
+    *"error model note text text_source over_time unsure gate by clips uar nll ece macro_f1".split(),
 }
 
 
@@ -568,7 +579,7 @@ def refuse_lines(path, table, keys, problems, advice):
 
 
 def load_clips(files, cfg):
-    """The listed files with `mel` and `digest` of their clips, or the reason why a clip cannot be used."""
+    """The listed files with mel, samples and digest of their clips, or the reason why one cannot be used."""
     def load(path):
         """What is known of a clip, or the reason."""
         try:
@@ -579,7 +590,7 @@ def load_clips(files, cfg):
     load_torchaudio()  # now, so that an installation that does not work is one sentence
     paths = files.loc[files["reason"] == "", "path"]
     loaded = in_parallel(load, paths, "Reading clips")
-    loaded = pd.DataFrame(loaded, paths.index, ["reason", "mel", "digest"])
+    loaded = pd.DataFrame(loaded, paths.index, ["reason", "mel", "samples", "digest"])
     files.loc[paths.index, "reason"] = loaded.pop("reason")
     return files.join(loaded)
 
@@ -866,18 +877,20 @@ def transcribe(clips, cfg, device):
     """
     source, path = Path(cfg.whisper_model), Path(cfg.output_dir, "transcripts_whisper.json")
     model_key = digest(source.read_bytes()) if source.is_file() else cfg.whisper_model
+    # English is what it was before there was a choice.
+    model_key += f" {cfg.whisper_language}" * (cfg.whisper_language != "en")
     cache = read_back(path) if path.exists() else {}
     refuse({f"{path} holds no transcripts: delete it or name another --output-dir": type(cache) is not dict})
     # A cache by content: another checkpoint or a changed clip is transcribed anew.
     keys = model_key + " " + clips["digest"]
     todo = clips["path"][~keys.isin(list(cache))]
     for row in tqdm(todo.index, "Transcribing", disable=todo.empty):
-        cache[keys[row]] = transcript_of(todo[row], cfg.whisper_model, device)
+        cache[keys[row]] = transcript_of(todo[row], cfg, device)
         save(path, cache)
     return clips.assign(transcript=keys.map(cache))
 
 
-WITHOUT_WHISPER = "leave out --no-use-simulated-sentences, or say with --text what is said"
+WITHOUT_WHISPER = "go without: --run-models cnn,rnn,bert and simulated sentences, or --text"
 
 
 @functools.lru_cache(maxsize=1)
@@ -885,6 +898,8 @@ def load_whisper(name, device):
     """(module, model) of --whisper-model, a name (downloaded once) or a checkpoint file. Raises UserError."""
     whisper = load_package("whisper", f"pip install openai-whisper, or {WITHOUT_WHISPER}")
     place = {"cuda": "cuda"}.get(device, "cpu")  # Whisper lacks operations of MPS
+    if not whisper_file(name).exists():
+        print(f"Whisper {name} is fetched, once (base: 147 MB)", file=sys.stderr)
     try:
         return whisper, whisper.load_model(name, device=place)
     except Exception as error:  # no such name, no network, or a file that is something else
@@ -892,17 +907,32 @@ def load_whisper(name, device):
                         f"name a Whisper checkpoint, or {WITHOUT_WHISPER}") from error
 
 
-def transcript_of(source, name, device):
-    """What Whisper hears in the first 30 s of a recording, greedily, in English. Raises UserError.
+def whisper_file(name):
+    """Where the weights of --whisper-model lie, or would lie once they are fetched."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "whisper")
+    full = {"large": "large-v3", "turbo": "large-v3-turbo"}.get(name, name)
+    return Path(name) if Path(name).is_file() else cache / f"{full}.pt"
+
+
+def decode_with_whisper(samples, cfg, device, **options):
+    """What Whisper decodes greedily from the first 30 s of samples at 16 kHz, as its DecodingResult."""
+    whisper, model = load_whisper(cfg.whisper_model, device)
+    mel = whisper.log_mel_spectrogram(whisper.pad_or_trim(samples), model.dims.n_mels).to(model.device)
+    on_gpu, language = model.device.type == "cuda", cfg.whisper_language or None
+    options = whisper.DecodingOptions(language=language, without_timestamps=True, fp16=on_gpu, **options)
+    try:
+        return model.decode(mel, options)
+    except ValueError as error:  # a language that is none, or cannot be detected
+        raise UserError(f"--whisper-language {cfg.whisper_language!r} is not for --whisper-model "
+                        f"{cfg.whisper_model} ({error}): try --whisper-language en") from error
+
+
+def transcript_of(source, cfg, device):
+    """What Whisper hears in the first 30 s of a recording, greedily. Raises UserError.
 
     "" where Whisper's own limits say that it made words out of silence.
     """
-    whisper, model = load_whisper(name, device)
-    wave = whisper.pad_or_trim(load_samples(source, 16000)[0])
-    mel = whisper.log_mel_spectrogram(wave, model.dims.n_mels).to(model.device)
-    on_gpu = model.device.type == "cuda"
-    options = whisper.DecodingOptions(language="en", without_timestamps=True, fp16=on_gpu)
-    result = model.decode(mel, options)
+    result = decode_with_whisper(load_samples(source, 16000)[0], cfg, device)
     # Words that Whisper makes out of silence or repeats without end are no transcript.
     silent = result.no_speech_prob > 0.6 and result.avg_logprob < -1.0
     return "" if silent or result.compression_ratio > 2.4 else result.text.strip()
@@ -926,17 +956,17 @@ class Silence(AudioError):
     """There is nothing to be heard in a recording."""
 
 
-Clip = namedtuple("Clip", "mel start digest")  # (T, M), s of silence cut off before it, key of the bytes
+Clip = namedtuple("Clip", "mel samples start digest")  # (T, M), (n,), s cut off before, key of the bytes
 
 
 def load_clip(source, cfg, rate=0):
-    """The log-mel spectrogram of a recording without its silent ends, as a Clip. Raises AudioError.
+    """Log-mel spectrogram and samples of a recording without its silent ends, as a Clip. Raises AudioError.
 
     `source` is the path of a file, or an array of samples at `rate` Hz, of shape (n,), (n, channels) or
     (channels, n).
     """
     samples, start, key = load_samples(source, cfg.sampling_rate, cfg.trim_db, rate)
-    return Clip(log_mel(samples, cfg), start, key)
+    return Clip(log_mel(samples, cfg), samples, start, key)
 
 
 def load_samples(source, rate, trim_db=math.inf, own_rate=0):
@@ -1060,16 +1090,18 @@ def window_frames(cfg):
     return round(cfg.clip_seconds * cfg.sampling_rate / cfg.hop_length)
 
 
+FEATURES = ["mel", "samples"]  # the columns of clips and windows that hold their sound
 LONGEST = 6.0  # seconds of speech for which one window stands, as in training
 
 
 def windows_of(clips, cfg):
     """Clips as windows, a row each: whole up to LONGEST, else cut into CLIP_SECONDS that overlap by half.
 
-    Adds `start` and `end` in s and `voiced`, the share of frames with voice; `mel` (T, M) is the window's.
+    Adds `start` and `end` in s and `voiced`, the share of frames with voice; `mel` (T, M) and `samples` (n,)
+    are the window's.
     """
     second, rows = cfg.sampling_rate / cfg.hop_length, []
-    for place, mel in enumerate(clips["mel"]):
+    for place, (mel, samples) in enumerate(zip(clips["mel"], clips["samples"])):
         # Up to LONGEST the model itself chooses its window in the middle, as in training.
         size = len(mel)
         if size > LONGEST * second + 1:
@@ -1078,9 +1110,10 @@ def windows_of(clips, cfg):
         voiced = level > level.max() - cfg.trim_db
         for start in [*range(0, len(mel) - size, max(1, size // 2)), len(mel) - size]:
             part = slice(start, start + size)
-            rows.append((place, start / second, part.stop / second, float(voiced[part].mean()), mel[part]))
-    windows = pd.DataFrame(rows, columns=["place", "start", "end", "voiced", "mel"])
-    clips = clips.drop(columns="mel").iloc[windows.pop("place")]
+            sound = mel[part], samples[start * cfg.hop_length:part.stop * cfg.hop_length]
+            rows.append((place, start / second, part.stop / second, float(voiced[part].mean()), *sound))
+    windows = pd.DataFrame(rows, columns=["place", "start", "end", "voiced", *FEATURES])
+    clips = clips.drop(columns=FEATURES).iloc[windows.pop("place")]
     return clips.reset_index(drop=True).join(windows)
 
 
@@ -1101,25 +1134,39 @@ def load_transformers():
                         "--run-models cnn,rnn,fusion_rnn")
 
 
+def load_pretrained(flag, name, without, prepare):
+    """(prepare(transformers, name), module with all weights) of a hub name or folder. Raises UserError."""
+    transformers = load_transformers()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        with torch.random.fork_rng(devices=[]):  # loading must draw nothing of what a seed means
+            prepared = prepare(transformers, name)
+            module, info = transformers.AutoModel.from_pretrained(name, output_loading_info=True)
+        # Weights that are lacking would be random; some are not used here.
+        lacking = [key for key in info["missing_keys"] if not re.search("pooler|masked_spec_embed", key)]
+        refuse({f"it lacks the weights of {min(lacking, default='')} and others": lacking})
+    except Exception as error:  # the hub's clients raise many kinds
+        reason = str(error).split("\n")[0]
+        raise UserError(f"{flag} {name} cannot be loaded ({reason}): name a folder with {flag} "
+                        f"FOLDER, or go without: --run-models {without}") from error
+    return prepared, module.float().eval()
+
+
 @functools.lru_cache(maxsize=2)
 def load_text_encoder(name):
     """A pretrained DistilBERT-like encoder: (configuration, tokenizer JSON, module). Raises UserError."""
-    transformers = load_transformers()
-    transformers.logging.set_verbosity_error()
-    try:
-        with torch.random.fork_rng(devices=[]):  # loading must draw nothing of what a seed means
-            ids = transformers.AutoTokenizer.from_pretrained(name, use_fast=True).backend_tokenizer
-            module, info = transformers.AutoModel.from_pretrained(name, output_loading_info=True)
-        # Weights that are lacking would be random, and other special tokens would be hidden as words.
-        special = [ids.token_to_id(token) for token in ("[PAD]", "[CLS]", "[SEP]", "[MASK]")]
-        lacking = [key for key in info["missing_keys"] if "pooler" not in key]
-        refuse({"it is not of BERT's family, it has other special tokens": None in special,
-                f"it lacks the weights of {min(lacking, default='')} and others": lacking})
-    except Exception as error:  # the hub's clients raise many kinds
-        reason = str(error).split("\n")[0]
-        raise UserError(f"--bert-model {name} cannot be loaded ({reason}): name a folder with --bert-model "
-                        "FOLDER, or go without: --run-models cnn,rnn,fusion_rnn") from error
-    return json.loads(module.config.to_json_string(use_diff=False)), ids.to_str(), module.float()
+    ids, module = load_pretrained("--bert-model", name, "cnn,speech,rnn,fusion_rnn", load_tokenizer)
+    return json.loads(module.config.to_json_string(use_diff=False)), ids.to_str(), module
+
+
+def load_tokenizer(transformers, name):
+    """The tokenizer of a text encoder, which must have the special tokens of BERT's family."""
+    ids = transformers.AutoTokenizer.from_pretrained(name, use_fast=True).backend_tokenizer
+    special = [ids.token_to_id(token) for token in ("[PAD]", "[CLS]", "[SEP]", "[MASK]")]
+    # Others would be hidden as words.
+    refuse({"it is not of BERT's family, it has other special tokens": None in special})
+    return ids
 
 
 @functools.lru_cache(maxsize=2)
@@ -1132,6 +1179,109 @@ def encoder_digest(name):
     return digest(*(path.read_bytes() for path in files))
 
 
+# %% 9. Speech features
+# A frozen encoder: states(samples (n,) at `rate` Hz) -> (K, T, D), those of K layers; a key of its weights.
+SpeechWeights = namedtuple("SpeechWeights", "states rate key")
+SHORTEST = 0.4  # seconds that every encoder can hear; shorter windows are filled up with silence
+
+
+@functools.lru_cache(maxsize=1)
+def load_speech_encoder(name, whisper_model, device):
+    """The SpeechWeights of --speech-encoder, whose key knows it by content. Raises UserError."""
+    if name == "whisper":
+        whisper, model = load_whisper(whisper_model, device)
+        module, rate = model.encoder, 16000
+        states = functools.partial(whisper_states, whisper, model)
+    else:
+        extractor, module = load_pretrained("--speech-encoder", name, "cnn,rnn,fusion_rnn", load_extractor)
+        if module.config.is_encoder_decoder:
+            module = module.get_encoder()
+        module, rate = module.to(device), extractor.sampling_rate
+        places = getattr(getattr(module, "embed_positions", None), "weight", None)
+        states = functools.partial(transformer_states, extractor, module, places)
+    # By its weights, since the same ones come in several files.
+    weights = (tensor.detach().cpu().numpy().tobytes() for tensor in module.parameters())
+    return SpeechWeights(states, rate, digest(*weights))
+
+
+def load_extractor(transformers, name):
+    """The feature extractor of a speech encoder."""
+    extractor = transformers.AutoFeatureExtractor.from_pretrained(name)
+    refuse({"it is not for sound": not hasattr(extractor, "sampling_rate")})
+    return extractor
+
+
+def whisper_states(whisper, model, samples):
+    """States (K, T, D) of Whisper's encoder, 50 a second, of the clip alone, without padding to 30 s."""
+    mel = whisper.log_mel_spectrogram(samples, model.dims.n_mels)[:, :3000].to(model.device)
+    encoder = model.encoder
+    with faster(model.device.type):
+        steps = F.gelu(encoder.conv1(mel[None]))
+        steps = F.gelu(encoder.conv2(steps)).transpose(1, 2)  # (1, T, D)
+        states = [steps + encoder.positional_embedding[:steps.shape[1]]]
+        for block in encoder.blocks:
+            states.append(block(states[-1]))
+        states[-1] = encoder.ln_post(states[-1])
+    return torch.cat(states)
+
+
+def transformer_states(extractor, module, places, samples):
+    """States (K, T, D) of a speech encoder of transformers, of the clip alone where it can be.
+
+    `places` are the embeddings of all positions (P, D) of Whisper's encoder, None of others.
+    """
+    options = {"padding": False}
+    if module.config.model_type == "audio-spectrogram-transformer":  # which has one length
+        options = {}
+    if places is not None:  # two frames a step
+        options["pad_to_multiple_of"] = 2 * extractor.hop_length
+    inputs = extractor(samples, sampling_rate=extractor.sampling_rate, return_tensors="pt", **options)
+    if places is not None:  # as many as there are steps, or it refuses them
+        steps = inputs["input_features"].shape[2] // 2
+        module.config.max_source_positions = steps
+        module.embed_positions = nn.Embedding.from_pretrained(places[:steps])
+    with faster(module.device.type):
+        return torch.cat(module(**inputs.to(module.device), output_hidden_states=True).hidden_states)
+
+
+def disturbed(samples, rate, kind):
+    """Samples (n,) as they are (""), in noise 5 to 25 dB below them, or as a telephone carries them."""
+    from scipy.signal import butter, sosfilt
+    if kind == "telephone":
+        return sosfilt(butter(8, (300, 3400), "bandpass", fs=rate, output="sos"), samples)
+    if kind == "noise":
+        # The same clip has the same noise each time: white, or falling from some frequency on.
+        rng = np.random.default_rng(zlib.crc32(samples))
+        corner = rate * 2.0 ** rng.uniform(-7, -1.1)
+        noise = sosfilt(butter(1, corner, fs=rate, output="sos"), rng.standard_normal(len(samples)))
+        level = 10 ** (-rng.uniform(5, 25) / 20) * np.linalg.norm(samples) / np.linalg.norm(noise)
+        return samples + level * noise
+    return samples
+
+
+@torch.inference_mode()
+def speech_features(samples, view, encoder, cfg, device):
+    """Time means of all layers of a frozen encoder, (K * D,), of samples (n,) at SAMPLING_RATE.
+
+    What was computed once is read from the cache, which knows clip, view, encoder and precision by content.
+    """
+    speed, disturbance = view
+    key = digest(samples.tobytes(), cfg.sampling_rate, view, encoder.key, str(training_precision(device)))
+    path = cfg.cache / f"{key}.npy"
+    with contextlib.suppress(OSError, ValueError, EOFError):  # not there, or cut off
+        return np.load(path)
+
+    heard = disturbed(samples, cfg.sampling_rate, disturbance)
+    heard = soxr.resample(heard, cfg.sampling_rate * speed, encoder.rate).astype(np.float32)
+    heard = np.pad(heard, (0, max(0, round(SHORTEST * encoder.rate) - len(heard))))
+    # Each clip by itself: no answer depends on what else is asked.
+    features = encoder.states(heard).float().mean(dim=1).flatten().cpu().numpy()
+    if cfg.phase != "predict":
+        with replacing(path) as temporary:
+            np.save(temporary, features)
+    return features
+
+
 # %% 9. Batches
 VIEWS = (1.0, 1.0), (0.94, 1.0), (1.06, 1.0), (1.0, 1.105), (1.0, 0.905)  # of a clip: speed, tempo
 
@@ -1140,13 +1290,13 @@ class ClipDataset(Dataset):
     """Labels of clips or windows, and what a model reads of them; indexed by rows, it gives a batch.
 
     Log-mel windows (B, 1, M, T) are the middle of each clip as `view` reads it (speed, tempo), or with
-    `augment` a random view of it, mixed up if the model only hears; of the words (B, L), `augment` hides
-    WORD_DROPOUT.
+    `augment` a random view of it, mixed up if the model asks for it; of the words (B, L), `augment` hides
+    WORD_DROPOUT. What a frozen encoder makes of a `view` of the samples is `speech` (B, D).
     """
 
     def __init__(self, clips, model, cfg, device, augment=False):
         self.model, self.cfg, self.device = model, cfg, device
-        self.augment, self.view = augment, VIEWS[0]
+        self.augment, self.view = augment, model.views[0]
         self.labels = torch.tensor(clips["emotion"].cat.codes.to_numpy(np.int64))
         self.classes = len(classes_of(clips))
         self.frames = window_frames(cfg)
@@ -1158,6 +1308,7 @@ class ClipDataset(Dataset):
         if "mel" in model.inputs:
             self.mels = torch.from_numpy(np.concatenate([*clips["mel"]])).to(device)
 
+        self.samples = list(clips["samples"])
         self.words = {}
         if not SOUND.issuperset(model.inputs):
             self.words = model.tokenize(list(clips["transcript"]))
@@ -1175,7 +1326,10 @@ class ClipDataset(Dataset):
 
         if self.mels is not None:
             batch["mel"] = self.windows(rows)
-        if self.augment and self.cfg.mixup and not self.words:
+        if "speech" in self.model.inputs:
+            heard = [self.samples[row] for row in rows]
+            batch["speech"] = self.model.listen(heard, self.view, self.cfg, self.device)
+        if self.augment and self.cfg.mixup and "mixup" in self.model.settings:
             return mix(batch, self.classes, self.cfg.mixup)
         return batch
 
@@ -1236,6 +1390,12 @@ def batches_of(dataset, size, shuffle=False):
     return DataLoader(dataset, batch_size=None, sampler=BatchSampler(order, size, drop_last=False))
 
 
+def with_bar(loader, title):
+    """The batches of a loader, with a progress bar where they take long."""
+    # One iterator and no other, which tqdm would make: each draws from the generator.
+    return tqdm(iter(loader), f"  {title}", len(loader), delay=10, leave=False)
+
+
 def spread(shape, limit, device="cpu"):
     """Numbers drawn evenly between -limit and limit."""
     return (torch.rand(shape, device=device) * 2 - 1) * limit
@@ -1286,7 +1446,7 @@ def mix(batch, classes, strength):
 
 
 # %% 10. Models
-SOUND = {"mel"}  # the batch keys that are made of sound; all others are made of words
+SOUND = {"mel", "speech"}  # the batch keys that are made of sound; all others are made of words
 
 
 class Encoder(nn.Module):
@@ -1294,17 +1454,26 @@ class Encoder(nn.Module):
 
     A subclass names the batch keys that it reads in `inputs`, the settings that its training depends on
     beside those of every training in `settings`, and the suffix of its own constants (EPOCHS_CNN) in
-    `suffix`. It answers as the mean of its `views`. It has a `head`, and defines `sequence(batch)`, steps of
-    `step_width`, and `pool(sequence, mask)`, features of `width`. `spec` holds the constructor's arguments as
+    `suffix`, and those that name pretrained weights in `pretrained`. It answers as the mean of its `views`.
+    It has a `head`, and defines `sequence(batch)`, steps of `step_width`, and `pool(sequence, mask)`,
+    features of `width`. `spec` holds the constructor's arguments as
     builtins, for the checkpoint.
     """
 
-    inputs, settings, suffix, views = (), (), "", VIEWS[:1]
+    inputs, settings, pretrained, suffix, views = (), (), (), "", VIEWS[:1]
 
     def __init__(self, **spec):
         super().__init__()
         self.spec = spec
         self.dropout = nn.Dropout(spec["dropout"])
+
+    @classmethod
+    def prepare(cls, cfg):
+        """Load the pretrained weights that it starts from. Raises UserError where they cannot be had."""
+
+    @classmethod
+    def check(cls, spec, cfg):
+        """Raise a UserError when a trained model lacks what its checkpoint does not hold."""
 
     @classmethod
     def start(cls, shape, clips, cfg, parts):
@@ -1313,9 +1482,13 @@ class Encoder(nn.Module):
 
     @classmethod
     def depends_on(cls, cfg):
-        """What the training of this class alone depends on, beside clips and code, as a dict."""
-        names = [f"epochs_{cls.suffix}", f"learning_rate_{cls.suffix}", *cls.settings]
+        """What the training of this class depends on, beside clips, seed and code, as a dict."""
+        names = [*TRAINING, f"epochs_{cls.suffix}", f"learning_rate_{cls.suffix}", *cls.settings]
         return {name: getattr(cfg, name) for name in names}
+
+    def fit(self, training, validation, cfg, device, path, fingerprint):
+        """The trained model and its history, a dict per epoch. Raises UserError."""
+        return fit_in_epochs(self, training, validation, cfg, device, path, fingerprint)
 
     def features(self, batch):
         """One vector per clip, (B, D)."""
@@ -1409,6 +1582,83 @@ class AudioCNN(Encoder):
         return torch.cat([mean, (variance + 1e-5).sqrt()], dim=1)
 
 
+class SpeechEncoder(Encoder):
+    """Logistic regression on the time means of all layers of a frozen, pretrained speech encoder.
+
+    Trained on every clip at three speeds, in noise and through a telephone; answers as the mean of the
+    speeds. `encoder` is the key of the frozen weights, which are named here and not copied; `width` is that
+    of its layers together.
+    """
+
+    inputs, suffix, pretrained = ("speech",), "speech", ("whisper_model", "speech_encoder")
+    views = (1.0, ""), (0.9, ""), (1.1, "")  # speed, disturbance
+    training_views = *views, (1.0, "noise"), (1.0, "telephone")
+
+    def __init__(self, classes, dropout, encoder, width):
+        super().__init__(classes=classes, dropout=dropout, encoder=encoder, width=width)
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("deviation", torch.ones(width))
+        self.head = nn.Linear(width, classes)
+
+    @classmethod
+    def prepare(cls, cfg):
+        """The frozen encoder that the settings name."""
+        return load_speech_encoder(cfg.speech_encoder, cfg.whisper_model, pick_device(cfg))
+
+    @classmethod
+    def check(cls, spec, cfg):
+        """Its encoder must be there, and be the one of the training."""
+        refuse({f"SpeechEncoder was trained with another encoder than that of --whisper-model "
+                f"{cfg.whisper_model} --speech-encoder {cfg.speech_encoder}: name that one, or train with "
+                "--phase all": cls.prepare(cfg).key != spec["encoder"]})
+
+    @classmethod
+    def start(cls, shape, clips, cfg, parts):
+        """For the encoder that the settings name."""
+        encoder = cls.prepare(cfg)
+        width = encoder.states(np.zeros(encoder.rate, np.float32)).shape
+        return cls(**shape, encoder=encoder.key, width=width[0] * width[2])
+
+    @classmethod
+    def depends_on(cls, cfg):
+        """Its one setting, and the encoder by content, whatever its name."""
+        return {"speech_c": cfg.speech_c, "speech encoder": cls.prepare(cfg).key}
+
+    def listen(self, clips, view, cfg, device):
+        """A view of clips, samples (n,) each at SAMPLING_RATE, as its encoder hears it: (N, D)."""
+        encoder = self.prepare(cfg)
+        speech = [speech_features(samples, view, encoder, cfg, device) for samples in clips]
+        return torch.from_numpy(np.stack(speech)).to(device)
+
+    def standardize(self, dataset, views):
+        """Take mean and deviation from some views of a dataset; returns its batches."""
+        batches = []
+        for dataset.view in views:
+            batches += with_bar(batches_of(dataset, 64), "listening")
+        speech = torch.cat([batch["speech"] for batch in batches])
+        self.deviation, self.mean = torch.std_mean(speech, dim=0)
+        return batches
+
+    def features(self, batch):
+        """speech (B, D), standardised as that of the training clips: (B, D)."""
+        return (batch["speech"] - self.mean) / self.deviation
+
+    def fit(self, training, validation, cfg, *_):
+        """(the model, []): what is solved at once has no history."""
+        from sklearn.linear_model import LogisticRegression
+        batches = self.standardize(training, self.training_views)
+        features = torch.cat([self.features(batch) for batch in batches])
+        label = torch.cat([batch["label"] for batch in batches])
+
+        # A strong penalty, for more features than clips; every emotion weighs the same, as in UAR.
+        head = LogisticRegression(C=cfg.speech_c, class_weight="balanced", max_iter=1000)
+        head.fit(features.cpu(), label.cpu())
+        for parameter, values in ((self.head.weight, head.coef_), (self.head.bias, head.intercept_)):
+            # Of two classes, scikit-learn has the second alone.
+            parameter.data.zero_()[-len(values):] = torch.from_numpy(values)
+        return self, []
+
+
 def masked_mean(steps, mask):
     """Mean over the steps (B, S, D) whose mask (B, S) is true: (B, D)."""
     mask = mask[..., None].to(steps.dtype)
@@ -1465,7 +1715,7 @@ class TextBERT(Encoder):
     """A pretrained DistilBERT-like encoder, fine-tuned whole, mean-pooled over its tokens."""
 
     inputs, suffix = ("input_ids", "attention_mask"), "bert"
-    settings = ("word_dropout", "max_tokens")
+    settings, pretrained = ("word_dropout", "max_tokens"), ("bert_model",)
 
     def __init__(self, classes, dropout, config, tokenizer, max_tokens):
         super().__init__(classes=classes, dropout=dropout, config=config, tokenizer=tokenizer,
@@ -1482,9 +1732,14 @@ class TextBERT(Encoder):
         self.head = nn.Linear(self.width, classes)
 
     @classmethod
+    def prepare(cls, cfg):
+        """The weights, configuration and tokenizer of --bert-model."""
+        return load_text_encoder(cfg.bert_model)
+
+    @classmethod
     def start(cls, shape, clips, cfg, parts):
         """With the weights and the tokenizer of --bert-model."""
-        config, tokenizer, pretrained = load_text_encoder(cfg.bert_model)
+        config, tokenizer, pretrained = cls.prepare(cfg)
         model = cls(**shape, config=config, tokenizer=tokenizer, max_tokens=cfg.max_tokens)
         model.encoder.load_state_dict(pretrained.state_dict())
         return model
@@ -1607,8 +1862,8 @@ class AttentionFusion(EarlyFusion):
 
 
 # %% 12. Training and inference
-WINDOWS = "sampling_rate", "trim_db", "clip_seconds", "hop_length"  # what windows of clips depend on
-TRAINING = "seed", "batch_size", "weight_decay", "dropout", "label_smoothing", "ema_decay", *WINDOWS
+EVERY = "seed", "sampling_rate", "trim_db", "clip_seconds", "hop_length"  # what every training depends on
+TRAINING = "batch_size", "weight_decay", "dropout", "label_smoothing", "ema_decay"  # those in epochs too
 
 
 def training_precision(device):
@@ -1617,6 +1872,12 @@ def training_precision(device):
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     has = [getattr(torch.cpu, f"_is_{unit}_supported", bool)() for unit in ("amx_tile", "avx512_bf16")]
     return torch.bfloat16 if device == "cpu" and any(has) else torch.float32
+
+
+def faster(device):
+    """A context in which networks compute in the lower precision that this device gains from, if any."""
+    precision = training_precision(device)
+    return torch.autocast(device, precision, enabled=precision != torch.float32)
 
 
 class Trainer:
@@ -1668,7 +1929,7 @@ class Trainer:
 
     def step(self, batch):
         """Train on one batch; returns (loss, share of clips whose strongest label was found)."""
-        with torch.autocast(self.device, self.precision, enabled=self.precision != torch.float32):
+        with faster(self.device):
             logits = self.model(batch)
             loss = self.loss(logits.float(), batch["label"])
 
@@ -1728,11 +1989,11 @@ def train(kind, parts, clips, cfg, device, state, fingerprint):
     validation = windows_of(clips[clips["split"] == "validation"], cfg)
     size = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"  {size:,} trained parameters, {len(training)} clips", flush=True)
-    return fit(model, ClipDataset(training, model, cfg, device, augment=True),
-               ClipDataset(validation, model, cfg, device), cfg, device, state, fingerprint)
+    return model.fit(ClipDataset(training, model, cfg, device, augment=True),
+                     ClipDataset(validation, model, cfg, device), cfg, device, state, fingerprint)
 
 
-def fit(model, training, validation, cfg, device, path, fingerprint):
+def fit_in_epochs(model, training, validation, cfg, device, path, fingerprint):
     """Train for the full schedule; the averaged model and a history, a dict per epoch. Raises UserError."""
     epochs = getattr(cfg, f"epochs_{model.suffix}")
     loader = batches_of(training, cfg.batch_size, shuffle=True)
@@ -1764,8 +2025,7 @@ def fit_epoch(trainer, loader, validation, number):
     """Train for one epoch; its row of the history, a dict. Raises UserError when the loss is not finite."""
     start = time.perf_counter()
     trainer.model.train()
-    # One iterator and no other, which tqdm would make: each draws from the generator.
-    batches = tqdm(iter(loader), f"  epoch {number}", len(loader), delay=10, leave=False)
+    batches = with_bar(loader, f"epoch {number}")
     loss, accuracy = np.mean([trainer.step(batch) for batch in batches], axis=0).tolist()
     if not math.isfinite(loss):
         raise UserError(f"the training loss is {loss} in epoch {number}: lower "
@@ -1788,7 +2048,7 @@ def fit_epoch(trainer, loader, validation, number):
 def logits_of(model, dataset):
     """Logits (N, C) in float32 on the CPU, in the dataset's order."""
     model.eval()
-    return torch.cat([model(batch).float().cpu() for batch in batches_of(dataset, 64)])
+    return torch.cat([model(batch).float().cpu() for batch in with_bar(batches_of(dataset, 64), "answers")])
 
 
 def infer(model, windows, cfg, device):
@@ -1829,11 +2089,32 @@ def ensemble(log_probs, temperature):
     return softmax(log_probs / temperature, axis=1)
 
 
+def adapted(windows, checkpoint, cfg, device):
+    """SpeechEncoder standardised by other clips of the same corpus, without labels: log-probs (V, W, C).
+
+    Where there are four speakers and more, those of a window's own speaker do not count.
+    """
+    speakers, model = voices_of(windows).to_numpy(), restore(checkpoint).to(device)
+    groups = np.unique(speakers, return_inverse=True)[1] % 4
+    if groups.max() < 3:
+        groups = np.zeros(len(windows))
+    log_probs = torch.empty(len(model.views), len(windows), checkpoint.log_probs.shape[2])
+    for group in np.unique(groups):
+        scored = groups == group
+        others = windows[~scored if len(set(groups)) > 1 else scored]
+        model.standardize(ClipDataset(others, model, cfg, device), model.views)
+        log_probs[:, scored] = infer(model, windows[scored], cfg, device)
+    return log_probs
+
+
 # A class is trained; a function is made of the answers of its parts. Parts stand first.
 System = namedtuple("System", "title file kind parts", defaults=[()])
 SYSTEMS = {
     "cnn": System("AudioCNN", "AudioCNN", AudioCNN),
+    "speech": System("SpeechEncoder", "SpeechEncoder", SpeechEncoder),
     "cnn_ensemble": System("AudioCNN, ensemble", "AudioCNN_ensemble", ensemble, ("cnn",)),
+    "speech_adapted": System("SpeechEncoder, adapted: uses unlabelled clips of this corpus",
+                             "SpeechEncoder_adapted", adapted, ("speech",)),
     "rnn": System("TextRNN", "TextRNN", TextRNN),
     "bert": System("TextBERT", "TextBERT", TextBERT),
     "fusion_rnn": System("Early fusion, RNN", "EarlyFusion_RNN", EarlyFusion, ("cnn", "rnn")),
@@ -1841,10 +2122,21 @@ SYSTEMS = {
     "attention_rnn": System("Attention fusion, RNN", "AttentionFusion_RNN", AttentionFusion, ("cnn", "rnn")),
     "attention_bert": System("Attention fusion, BERT", "AttentionFusion_BERT", AttentionFusion,
                              ("cnn", "bert")),
+    "late_speech": System("Late fusion, CNN and speech", "LateFusion_Speech", mean_of, ("cnn", "speech")),
+    "learned_speech": System("Learned late fusion, CNN and speech", "LearnedFusion_Speech", weighted,
+                             ("cnn", "speech")),
     "late_rnn": System("Late fusion, RNN", "LateFusion_RNN", mean_of, ("cnn", "rnn")),
     "late_bert": System("Late fusion, BERT", "LateFusion_BERT", mean_of, ("cnn", "bert")),
     "learned_rnn": System("Learned late fusion, RNN", "LearnedFusion_RNN", weighted, ("cnn", "rnn")),
     "learned_bert": System("Learned late fusion, BERT", "LearnedFusion_BERT", weighted, ("cnn", "bert")),
+    "late_speech_rnn": System("Late fusion, speech and RNN", "LateFusion_Speech_RNN", mean_of,
+                              ("speech", "rnn")),
+    "late_speech_bert": System("Late fusion, speech and BERT", "LateFusion_Speech_BERT", mean_of,
+                               ("speech", "bert")),
+    "learned_speech_rnn": System("Learned late fusion, speech and RNN", "LearnedFusion_Speech_RNN", weighted,
+                                 ("speech", "rnn")),
+    "learned_speech_bert": System("Learned late fusion, speech and BERT", "LearnedFusion_Speech_BERT",
+                                  weighted, ("speech", "bert")),
 }
 TRAINED = {name: system for name, system in SYSTEMS.items() if isinstance(system.kind, type)}
 
@@ -1911,7 +2203,7 @@ def fingerprint_of(cfg, name, clips):
     Settings stand as they are; clips, transcripts, code and parts as keys of their content.
     """
     system = SYSTEMS[name]
-    settings = {key: getattr(cfg, key) for key in TRAINING} | system.kind.depends_on(cfg)
+    settings = {key: getattr(cfg, key) for key in EVERY} | system.kind.depends_on(cfg)
     fingerprint = {key: str(value) for key, value in settings.items()}
     fingerprint["clips"] = digest(clips[["clip", "digest", "emotion", "split"]].to_csv(index=False))
     if reads_words(name):
@@ -1975,7 +2267,7 @@ def stale_because(cfg, name, clips, ending="_best.pth"):
     if cfg.reuse_edited or not new["code"]:  # a notebook has no code to compare
         del new["code"]
     changes = differences(old.fingerprint, new)
-    longer = len(old.history) > int(new[f"epochs_{SYSTEMS[name].kind.suffix}"])
+    longer = len(old.history) > int(new.get(f"epochs_{SYSTEMS[name].kind.suffix}", 1))
     keeping = ", in place of a longer training: another --output-dir keeps both"
     return changes + keeping * bool(changes and longer)
 
@@ -2033,24 +2325,28 @@ def encoder_of(checkpoints):
 
 
 # %% 15. Calibration and prediction: the one way from clips to probabilities
-def calibrate(checkpoints, cfg):
-    """What validation decides, by system: the temperature of a model, the weights of a learned fusion."""
+def validation_of(checkpoints):
+    """(windows, log-probabilities of each system, labels of the clips) of the validation split."""
     # All checkpoints of a run hold log-probabilities of the same windows in the same order.
     first = next(iter(checkpoints.values()))
     windows = pd.DataFrame(first.windows).query("split == 'validation'")
     log_probs = {name: checkpoint.log_probs[:, windows.index.to_list()]
                  for name, checkpoint in checkpoints.items()}
-    labels = labels_of(windows["emotion"], first.classes)  # each window is labelled as its clip
+    return windows, log_probs, labels_of(windows["emotion"][~windows["clip"].duplicated()], first.classes)
 
+
+def calibrate(checkpoints, cfg):
+    """What validation decides, by system: the temperature of a model, the weights of a learned fusion."""
+    windows, log_probs, labels = validation_of(checkpoints)
+    each = labels_of(windows["emotion"], next(iter(checkpoints.values())).classes)  # that of its clip
     calibration = {}
     for name, system in SYSTEMS.items():
         if name in log_probs:
-            logits = mean_of_views(log_probs[name], cfg)
-            calibration[name] = fit_temperature(logits, labels)
+            calibration[name] = fit_temperature(mean_of_views(log_probs[name], cfg), each)
         elif system.kind is weighted and set(system.parts) <= set(log_probs):
             answers = predict(log_probs, windows, calibration, cfg)
             logs = np.log(np.stack([answers[part] for part in system.parts]).clip(1e-7))
-            calibration[name] = fit_fusion_weights(logs, labels[~windows["clip"].duplicated()]).tolist()
+            calibration[name] = fit_fusion_weights(logs, labels).tolist()
     return calibration
 
 
@@ -2092,6 +2388,17 @@ def fit_temperature(logits, labels):
     grid = np.geomspace(0.5, 12, 300).tolist()  # a validation split without a mistake would ask for 0
     logits, labels = torch.as_tensor(logits), torch.as_tensor(labels)
     return min(grid, key=lambda temperature: float(F.cross_entropy(logits / temperature, labels)))
+
+
+def fit_threshold(probabilities, labels):
+    """The confidence below which an answer is "unsure": what is above it is most often right, net of wrong.
+
+    So where confidences are calibrated, it is near one half.
+    """
+    confidence = probabilities.max(axis=1)
+    order = np.argsort(-confidence, kind="stable")
+    right = (probabilities.argmax(axis=1) == labels)[order]
+    return float(confidence[order][np.argmax(np.cumsum(2 * right - 1))])
 
 
 def fit_fusion_weights(logs, labels):
@@ -2660,6 +2967,20 @@ def plot_reliability(results):
     save_plot(grid.figure, results, "reliability", "Right answers by confidence, bins of five clips and more")
 
 
+def plot_coverage(results):
+    """The test UAR of the answers that are left when the least confident ones are withheld."""
+    figure = plt.figure(figsize=(8, 4))
+    for name, part in results.test.groupby("system", sort=False):
+        order = part.loc[part[results.classes].max(axis=1).sort_values(ascending=False).index]
+        shares = np.linspace(0.1, 1, 19)
+        uars = [uar_of(order[:math.ceil(share * len(order))]) for share in shares]
+        plt.plot(100 * shares, 100 * np.array(uars), label=results.titles[name])
+    plt.xlabel("answered in %")
+    plt.ylabel("UAR in %")
+    figure.legend(loc="outside right upper", fontsize=7)
+    save_plot(figure, results, "coverage", "UAR of the most confident answers")
+
+
 def plot_confusions(results):
     """The test confusion matrix of each system, in % of the true emotion, with counts: a file each."""
     import seaborn as sns
@@ -2683,6 +3004,14 @@ def uar_by(results, by):
     return figures.map(percent).rename(results.titles)
 
 
+def shares_table(results):
+    """How often each system names each emotion on test clips, and how often it is there, as texts."""
+    named = pd.crosstab(results.test["system"], results.test["predicted"], normalize="index")
+    named.loc["there"] = results.test.drop_duplicates("clip")["emotion"].value_counts(normalize=True)
+    order = [*results.test["system"].unique(), "there"]
+    return named.reindex(order, columns=results.classes).fillna(0).map(percent).rename(results.titles)
+
+
 def draw_plots(results):
     """Draw all plots of results into plots/, after removing those of earlier results."""
     # A plot of earlier figures beside these would pass for one of theirs.
@@ -2691,6 +3020,7 @@ def draw_plots(results):
             old.unlink()
     plot_comparison(results)
     plot_reliability(results)
+    plot_coverage(results)
     plot_confusions(results)
     if len(results.histories):
         plot_curves(results)
@@ -2777,6 +3107,10 @@ training_curves | Loss and accuracy of every network.
 
 reliability | How often systems are right, by their confidence; on the straight line as often as they say.
 
+coverage | UAR of the answers that are left when the least confident ones are withheld.
+
+shares | How often each emotion is named, and how often it is there.
+
 Details
 
 by_sex | Test UAR by sex.
@@ -2842,6 +3176,7 @@ def parts_of(results):
         "by_actor": "" not in set(results.test["actor"]) and uar_by(results, "actor")[:1].T.reset_index(),
         **{f"by_{by}": uar_by(results, by).reset_index()
            for by in ("sex", "intensity", "emotion") if by in results.test},
+        "shares": shares_table(results).reset_index(),
         "pairs": len(config["calibration"]) > 1 and differences_table(results),
         "shaping": settings[settings != ""].reset_index().set_axis(["setting", "value"], axis=1),
         "used": pd.DataFrame(config["versions"].items(), columns=["what", "version"]),
@@ -2917,7 +3252,8 @@ def word_element(tag):
 NO_SPEECH = "no speech"
 RECORDINGS = {*AUDIO_SUFFIXES, *".m4a .aac .opus .aif .aiff .au .caf .wma .webm .mp4".split()}
 # Settings that shape no training.
-FREE = "phase output_dir device download input text json whisper_model reuse_edited given".split()
+FREE = "phase output_dir device download input text json reuse_edited given".split()
+ENCODERS = "whisper_model", "whisper_language", "speech_encoder"  # which a prediction may take from elsewhere
 
 
 def checkpoints_together(cfg):
@@ -2932,10 +3268,12 @@ def checkpoints_together(cfg):
             checkpoint = read_checkpoint(cfg, name)
             first = next(iter(found.values()), checkpoint)
             parts = {part: digest(found[part].fingerprint) for part in SYSTEMS[name].parts if part in found}
-            beside = {key: first.fingerprint[key] for key in ("seed", "clips", *WINDOWS)} | parts
+            beside = {key: first.fingerprint[key] for key in ("clips", *EVERY)} | parts
             change = differences(checkpoint.fingerprint, beside)
             refuse({f"{file_of(cfg, name)} was not trained with the models beside it ({change}): "
                     f"{TRAIN_AGAIN}": change})
+            named = checkpoint.settings | {key: getattr(cfg, key) for key in cfg.given}
+            SYSTEMS[name].kind.check(checkpoint.spec, cfg._replace(**{key: named[key] for key in ENCODERS}))
             found[name] = checkpoint
     several = runs and (not found or len(saved_in(cfg.output_dir, "calibration", {})) > 1)
     first = "".join(str(path.parent) for path in runs[:1])
@@ -2960,20 +3298,47 @@ def refuse_contradictions(cfg, saved, encoder, where):
                 "train with --phase all": not same})
 
 
+SHIPPED = "archive"  # beside this file: the folder of a SpeechEncoder that was trained on all of RAVDESS
+NOISE = 0.5  # more than this of Whisper's no-speech probability is no speech: chosen on RAVDESS's clips
+
+
+def folder_of_models(cfg):
+    """OUTPUT_DIR, or that of the SpeechEncoder which comes with this file, if none is trained or named."""
+    folder, name = Path(cfg.output_dir), SYSTEMS["speech"].file + "_best.pth"
+    if "output_dir" in cfg.given or any(folder.rglob("*_best.pth")):
+        return folder
+    shipped = Path(globals().get("__file__", "")).parent / SHIPPED
+    refuse({f"{folder} holds no trained model, and {shipped / name}, which comes with this file, is not "
+            f"there: fetch it, or {TRAIN_AGAIN}": not (shipped / name).exists()})
+    return shipped
+
+
 class Predictor:
     """The trained models of a folder, with nothing but their checkpoints, ready for any recording.
 
-    Raises UserError when the folder holds no models, AudioError when a recording cannot be read.
+    Without a folder it has those of OUTPUT_DIR, or the SpeechEncoder that comes with this file. Other
+    settings, such as where Whisper's weights lie (whisper_model), can be given by name. Raises UserError when
+    the folder holds no models that can answer, AudioError when a recording cannot be read.
     """
 
-    def __init__(self, output_dir="outputs", device="cpu", test_views=0):
-        cfg = parse_settings([])
-        cfg = cfg._replace(output_dir=str(output_dir), device=device, test_views=test_views or cfg.test_views)
+    def __init__(self, output_dir="", device="cpu", test_views=0, **settings):
+        if output_dir:
+            settings["output_dir"] = str(output_dir)
+        cfg = parse_settings([])._replace(phase="predict", device=device, given=tuple(settings), **settings)
+        cfg = cfg._replace(output_dir=str(folder_of_models(cfg)), test_views=test_views or cfg.test_views)
         self.checkpoints, self.device, self.models = checkpoints_together(cfg), pick_device(cfg), {}
-        self.first, *_ = self.checkpoints
-        self.classes = self.checkpoints[self.first].classes
+        self.classes = next(iter(self.checkpoints.values())).classes
         self.calibration = calibrate(self.checkpoints, cfg)
         self.caveats = caveats_of_models(self.checkpoints)
+
+        # On top stands who hears and was best on validation, unless all read words.
+        windows, log_probs, labels = validation_of(self.checkpoints)
+        answers = predict(log_probs, windows, self.calibration, cfg)
+        self.thresholds = {name: fit_threshold(part, labels) for name, part in answers.items()}
+        hearing = [name for name in answers if not reads_words(name)] or [*self.checkpoints]
+        losses = {name: -np.log(answers[name][np.arange(len(labels)), labels].clip(1e-7)).mean()
+                  for name in hearing}
+        self.first = min(losses, key=losses.get)
 
         # What a training depends on is as that training had it, other settings as the last one.
         *_, last = self.checkpoints.values()
@@ -2981,66 +3346,93 @@ class Predictor:
         for checkpoint in self.checkpoints.values():
             saved |= {key: checkpoint.settings[key] for key in checkpoint.fingerprint.keys() & saved}
         trained = set(cfg._fields).difference(FREE, ["test_views"])
-        self.cfg = cfg._replace(**{key: saved[key] for key in trained})
+        self.cfg = cfg._replace(**{key: saved[key] for key in trained.difference(settings)})
 
     def predict(self, recording, sampling_rate=None, text=None):
-        """A DataFrame with a line per system: `predicted`, a probability per emotion, `note`.
+        """A line per system: `predicted`, `unsure`, a probability per emotion, `gate`, `note`; a DataFrame.
 
-        `recording` is a path, an array of samples with `sampling_rate` in Hz, or its `windows`; `text` is
-        what is said, for the systems that read words: without it, those that hear answer alone. The answer
-        to silence is "no speech".
+        The system that was best on validation stands first. `recording` is a path, or an array of samples
+        with `sampling_rate` in Hz; `text` is what is said, for the systems that read words: without it, those
+        that hear answer alone. The answer to silence, music and noise is "no speech", as `gate` found.
         """
         windows = self.windows(recording, sampling_rate)
         if text is not None:
             windows = windows.assign(transcript=text)
-        answers = self.ask(windows)
-        table = self.table(np.concatenate(list(answers.values())))
-        if table.empty:
-            table.loc[0, "predicted"] = NO_SPEECH
-        table["note"] = list(map(self.note_of, answers))
-        table.index = pd.Index([SYSTEMS[name].title for name in answers], name="model")
-        return table
+        return self.as_a_whole(windows, self.ask(windows))
 
     def predict_over_time(self, recording, sampling_rate=None):
         """A DataFrame with the first system's answer to each window: `start`, `end` in s, `voiced` 0 to 1."""
         windows = self.windows(recording, sampling_rate)
-        # Each window is a clip of its own.
-        table = self.table(self.ask(windows.assign(clip=windows.index))[self.first])
-        table["predicted"] = table["predicted"].where(windows["voiced"] > 0, NO_SPEECH)
-        return windows[["start", "end", "voiced"]].join(table)
+        return self.over_time(windows, self.ask(windows))
 
     def windows(self, recording, sampling_rate=None):
-        """The windows of a recording as `windows_of` makes them; none when there is no speech in it."""
-        if isinstance(recording, pd.DataFrame):  # they are there already
-            return recording
+        """The windows of a recording as `windows_of` makes them, and `gate`; without speech `voiced` is 0."""
         try:
             clip = load_clip(recording, self.cfg, sampling_rate)
         except Silence:
-            clip = Clip(np.zeros((1, 1)), 0.0, "")
-        # Steady noise is no speech: clips of RAVDESS have 17 dB between these levels.
-        low, high = np.percentile(level_of(clip.mel), (10, 95))
-        table = pd.DataFrame({"clip": "", "emotion": pd.Categorical([None], self.classes), "mel": [clip.mel]})
-        windows = windows_of(table[:int(len(clip.mel) >= 16 and high - low > 6)], self.cfg)
-        return windows.assign(start=windows["start"] + clip.start, end=windows["end"] + clip.start)
+            clip = Clip(np.zeros((1, 1)), np.zeros(1, np.float32), 0.0, "")
+        table = pd.DataFrame({"clip": "", "emotion": pd.Categorical([None], self.classes), "mel": [clip.mel],
+                              "samples": [clip.samples]})
+        windows = windows_of(table, self.cfg)
+        speech, gate = self.gate(clip, windows)
+        return windows.assign(start=windows["start"] + clip.start, end=windows["end"] + clip.start,
+                              voiced=windows["voiced"] * speech, gate=gate)
+
+    def gate(self, clip, windows):
+        """Whether there is speech in the windows of a clip, and who says so."""
+        if len(clip.mel) < 16:
+            return False, "silent or too short"
+        if not whisper_file(self.cfg.whisper_model).exists():
+            # Steady noise is no speech: clips of RAVDESS have 17 dB between these levels.
+            low, high = np.percentile(level_of(clip.mel), (10, 95))
+            return high - low > 6, f"level, which moves by {high - low:.0f} dB"
+
+        # Whisper knows better, for each 30 s.
+        samples = soxr.resample(clip.samples, self.cfg.sampling_rate, 16000)
+        blocks = np.split(samples, range(480000, len(samples), 480000))
+        found = [decode_with_whisper(block, self.cfg, self.device, sample_len=1) for block in blocks]
+        probabilities = np.array([result.no_speech_prob for result in found])
+        each = probabilities[(windows["start"] // 30).astype(int)]
+        return each < NOISE, list(map("Whisper, no-speech probability {:.2f}".format, each))
 
     def ask(self, windows):
-        """What each system answers for each clip of some windows: probabilities (N, C) by system."""
-        if windows.empty:
-            return {self.first: np.zeros((0, len(self.classes)))}
+        """What each model says to some windows, as `infer` gives it, by name; {} if there is no speech."""
+        if not windows["voiced"].any():
+            return {}
         # Weights are read when they are first needed: a recording without words needs no text encoder.
         names = [name for name in self.checkpoints if "transcript" in windows or not reads_words(name)]
         refuse({f"all models of {self.cfg.output_dir} read words: say with --text what is said, or name a "
                 "table with a column transcript": not names})
         for name in set(names).difference(self.models):
             self.models[name] = restore(self.checkpoints[name]).to(self.device)
-        log_probs = {name: infer(self.models[name], windows, self.cfg, self.device) for name in names}
-        return predict(log_probs, windows, self.calibration, self.cfg)
+        return {name: infer(self.models[name], windows, self.cfg, self.device) for name in names}
 
-    def table(self, probabilities):
-        """A DataFrame with a line per row of probabilities (N, C), and what each row `predicted`."""
-        table = pd.DataFrame(probabilities, columns=self.classes)
-        table.insert(0, "predicted", table.idxmax(axis=1).astype(object))
+    def as_a_whole(self, windows, log_probs):
+        """The table of `predict` from log-probabilities of the windows of one recording."""
+        answers = predict(log_probs, windows, self.calibration, self.cfg)
+        answers = answers or {self.first: np.full((1, len(self.classes)), np.nan)}
+        names = sorted(answers, key=lambda name: name != self.first)
+        thresholds = [self.thresholds[name] for name in names]
+        table = self.table(np.concatenate([answers[name] for name in names]), thresholds, bool(log_probs))
+        table["gate"] = windows["gate"][windows["voiced"].idxmax()]
+        table["note"] = list(map(self.note_of, names))
+        table.index = pd.Index([SYSTEMS[name].title for name in names], name="model")
         return table
+
+    def over_time(self, windows, log_probs):
+        """The table of `predict_over_time` from log-probabilities of the windows of one recording."""
+        # Each window is a clip of its own.
+        answers = predict(log_probs, windows.assign(clip=windows.index), self.calibration, self.cfg)
+        first = answers.get(self.first, np.full((len(windows), len(self.classes)), np.nan))
+        table = self.table(first, self.thresholds[self.first], windows["voiced"] > 0)
+        return windows[["start", "end", "voiced"]].join(table)
+
+    def table(self, probabilities, thresholds, speech):
+        """A DataFrame with a line per row of probabilities (N, C): what it `predicted`, and if `unsure`."""
+        predicted = np.array(self.classes, object)[probabilities.argmax(axis=1)]
+        table = pd.DataFrame({"predicted": np.where(speech, predicted, NO_SPEECH)})
+        table["unsure"] = probabilities.max(axis=1) < thresholds
+        return table.join(pd.DataFrame(probabilities, columns=self.classes))
 
     def note_of(self, name):
         """What must be said beside the answers of a system; "" if nothing."""
@@ -3062,32 +3454,30 @@ def recordings_in(cfg):
 
 def words_said(path, predictor, cfg):
     """What is said in a recording, None if nothing is known, and where that comes from."""
-    # Nobody who asks for an answer expects a download.
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "whisper")
-    name = {"large": "large-v3", "turbo": "large-v3-turbo"}.get(cfg.whisper_model, cfg.whisper_model)
-    if not any(map(reads_words, predictor.checkpoints)):
-        return None, "no trained model reads words"
     if cfg.text:
         return printable(cfg.text), "--text"
-    if not (Path(name).is_file() or (cache / f"{name}.pt").exists()):
+    # Nobody who asks for an answer expects a download.
+    if not whisper_file(predictor.cfg.whisper_model).exists():
         return None, "no --text, and no weights of Whisper here: audio alone"
-    text = transcript_of(path, name, predictor.device)
-    return text, f"Whisper {cfg.whisper_model}"
+    return transcript_of(path, predictor.cfg, predictor.device), f"Whisper {predictor.cfg.whisper_model}"
 
 
 def answer_recording(path, name, predictor, cfg):
     """All answers for one recording, a line per system; a long one leaves a table and a plot of its windows.
 
-    Columns: recording, error, model, predicted, a probability per emotion, note, text, text_source,
-    over_time (the path of that table). Raises AudioError.
+    Columns: recording, error, model, predicted, unsure, a probability per emotion, gate, note, text,
+    text_source, over_time (the path of that table). Raises AudioError.
     """
     windows, text, source, over_time = predictor.windows(path), None, "", ""
-    if len(windows):
+    if windows["voiced"].any():
         text, source = words_said(path, predictor, cfg)
-    if len(windows) > 1 and not reads_words(predictor.first):
+    if text is not None:
+        windows = windows.assign(transcript=text)
+    log_probs = predictor.ask(windows)
+    if len(windows) > 1 and log_probs and not reads_words(predictor.first):
         with only_warning():
-            over_time = save_course(name, predictor.predict_over_time(windows), predictor, cfg)
-    table = predictor.predict(windows, text=text).reset_index()
+            over_time = save_course(name, predictor.over_time(windows, log_probs), predictor, cfg)
+    table = predictor.as_a_whole(windows, log_probs).reset_index()
     return table.assign(recording=name, error="", text=text, text_source=source, over_time=over_time)
 
 
@@ -3105,10 +3495,17 @@ def save_course(name, course, predictor, cfg):
     return str(path)
 
 
+def predictor_of(cfg):
+    """The Predictor of OUTPUT_DIR, with the flags that say where encoders lie. Raises UserError."""
+    folder = cfg.output_dir * ("output_dir" in cfg.given)
+    own = {key: getattr(cfg, key) for key in ENCODERS if key in cfg.given}
+    return Predictor(folder, cfg.device, cfg.test_views, **own)
+
+
 def predict_phase(cfg):
     """Answer for a recording or a folder of them, on the console and in OUTPUT_DIR/recordings."""
     path, files, tables = Path(cfg.input), recordings_in(cfg), []
-    predictor = Predictor(cfg.output_dir, cfg.device, cfg.test_views)
+    predictor = predictor_of(cfg)
     refuse_contradictions(cfg, predictor.cfg._asdict(), encoder_of(predictor.checkpoints), cfg.output_dir)
     for file in tqdm(files, "Recordings", disable=len(files) < 2):
         name = printable(file.relative_to(path).as_posix() if path.is_dir() else file.name)
@@ -3118,8 +3515,8 @@ def predict_phase(cfg):
             refuse({f"{path} cannot be used ({error}): name another --input": file == path})
             tables.append(pd.DataFrame({"recording": [name], "error": str(error)}))
 
-    columns = ["recording", "error", "model", "predicted", *predictor.classes, "note", "text", "text_source",
-               "over_time"]
+    columns = ["recording", "error", "model", "predicted", "unsure", *predictor.classes, "gate", "note",
+               "text", "text_source", "over_time"]
     table = pd.concat(tables, ignore_index=True).reindex(columns=columns)
     if path.is_dir():
         with only_warning():
@@ -3135,14 +3532,19 @@ def predict_phase(cfg):
 def print_answer(lines, classes):
     """One recording on the console: a bar per emotion by the first system, then the others."""
     first, *others = lines
-    print(f"\n{first['recording']}: {first['error'] or first['predicted']}")
+    unsure = " (unsure)" * int(first["unsure"] == 1)  # empty beside an error
+    print(f"\n{first['recording']}: {first['error'] or first['predicted']}{unsure}")
+    if first["predicted"] == NO_SPEECH:
+        print(f"  music or noise? ({first['gate']})")
     if first["error"] or first["predicted"] == NO_SPEECH:
         return
     for emotion in sorted(classes, key=first.get, reverse=True):
         print(f"  {emotion:12} {first[emotion]:6.1%}  {'#' * round(40 * first[emotion])}")
     for line in others:
         note = f" ({line['note']})" * bool(line["note"])
-        print(f"  {line['model']}{note}: {line['predicted']} {line[line['predicted']]:.1%}")
+        unsure = ", unsure" * int(line["unsure"])
+        print(f"  {line['model']}{note}: {line['predicted']} {line[line['predicted']]:.1%}{unsure}")
+    print(f"  {first['model']}. Speech: {first['gate']}")
     print(f"  Words: {first['text_source']}" + f": {first['text']!r}" * (first["text"] is not None))
     if first["over_time"]:
         print(f"  Over time: {first['over_time']} and .png beside it")
@@ -3206,6 +3608,18 @@ def write_demo_encoder(folder):
         Path(temporary, "vocab.txt").write_text("\n".join(tokens), encoding="utf-8")
 
 
+def write_demo_whisper(path):
+    """Write a tiny, untrained Whisper in its own format, if missing."""
+    if not Path(path).exists():
+        whisper = load_package("whisper.model", "pip install openai-whisper, or train without speech")
+        torch.manual_seed(0)
+        dims = whisper.ModelDimensions(80, 1500, 16, 2, 1, 51865, 16, 16, 2, 1)
+        model = whisper.Whisper(dims)
+        nn.init.normal_(model.decoder.positional_embedding)  # Whisper leaves it as the memory was
+        with replacing(path) as temporary:
+            torch.save({"dims": vars(dims), "model_state_dict": model.state_dict()}, temporary)
+
+
 def write_demo(cfg):
     """Write the corpus and the encoder of the demo where they are missing. Raises UserError."""
     real = not saved_in(cfg.output_dir, "settings", {}).get("demo", True)
@@ -3214,6 +3628,9 @@ def write_demo(cfg):
         write_demo_corpus(cfg.ravdess_path)
         if "bert_model" not in cfg.given and "bert" in cfg.run_models:
             write_demo_encoder(cfg.bert_model)
+        if "whisper_model" not in cfg.given:
+            with only_warning():
+                write_demo_whisper(cfg.whisper_model)
 
 
 # %% 22. The phases and main
@@ -3316,7 +3733,7 @@ def write_data(corpus, clips_of, cfg):
 
     for run, clips in reversed(clips_of.items()):  # the plots are those of the first run
         path = Path(run.output_dir, "clips.csv")
-        save_table(path, clips.drop(columns="mel"), corpus.caveats)
+        save_table(path, clips.drop(columns=FEATURES), corpus.caveats)
         if corpus.words in ("simulated", "whisper"):
             texts = pickle.dumps(dict(zip(clips["clip"], clips["transcript"])))
             save(path.with_name(f"ravdess_transcripts_{corpus.words}.pkl"), texts)
@@ -3341,19 +3758,40 @@ def models_asked(cfg, corpus):
 
 
 def train_run(run, names, clips, corpus, device):
-    """Train the models of a run that are not up to date; all checkpoints that are then there and valid."""
-    reasons = {}
+    """Train the models of a run that are not up to date.
+
+    Returns all checkpoints that are then there and valid, and by name why pretrained weights cannot be had.
+    """
+    reasons, lacking = {}, {}
     print(f"\nPlan: {versions(device)['hardware']}, results in {run.output_dir}"
           + ", edits of the code are not noticed in a notebook" * (not definitions()))
     for name in names:
         reasons[name], what = plan_of(run, name, clips, reasons)
+        why = lacking_weights(run, name, lacking) * bool(reasons[name])
+        if why:
+            lacking[name], what = why, f"cannot run: {why}"
         print(f"  {SYSTEMS[name].title:24} {what}", flush=True)
-        if reasons[name] and SYSTEMS[name].kind is TextBERT:
-            load_text_encoder(run.bert_model)  # now: after an hour it is too late to miss it
 
-    for name in filter(reasons.get, names):
-        train_system(run, name, clips, corpus, device)
-    return {name: read_checkpoint(run, name) for name in TRAINED if not stale_because(run, name, clips)}
+    refuse({why: len(lacking) == len(names) for why in lacking.values()})
+    for name in names:
+        if reasons[name] and name not in lacking:
+            train_system(run, name, clips, corpus, device)
+    there = [name for name in TRAINED if not stale_because(run, name, clips)]
+    return {name: read_checkpoint(run, name) for name in there}, lacking
+
+
+def lacking_weights(run, name, lacking):
+    """Why the weights that a system starts from cannot be had, "" if they can; `lacking` has its parts.
+
+    Raises UserError where the command line names these weights: nothing else was asked for.
+    """
+    try:
+        SYSTEMS[name].kind.prepare(run)  # now: after an hour it is too late to miss it
+    except UserError as error:
+        if set(SYSTEMS[name].kind.pretrained).intersection(run.given):
+            raise
+        return str(error)
+    return "".join([lacking[part] for part in SYSTEMS[name].parts if part in lacking][:1])
 
 
 def plan_of(run, name, clips, reasons):
@@ -3370,25 +3808,27 @@ def plan_of(run, name, clips, reasons):
     return "", "used again"
 
 
-def not_run(answered, cfg, corpus):
-    """Why systems that could be asked for have no answers, by name."""
+def not_run(answered, cfg, corpus, lacking):
+    """Why systems that could be asked for have no answers, by name; `lacking` has those without weights."""
     # Nobody misses the kind of early fusion that was not asked for, nor the ensemble of a single seed.
     hidden = {"concat": AttentionFusion, "attention": EarlyFusion}.get(cfg.fusion)
     reasons = {}
     for name, system in SYSTEMS.items():
-        if name not in answered and system.kind not in (hidden, ensemble):
-            lacking = reads_words(name) and not corpus.has_words
-            reasons[name] = corpus.words if lacking else "left out by --run-models or --phase"
+        if name not in answered and system.kind not in (hidden, ensemble, adapted):
+            found = [lacking[part] for part in (name, *system.parts) if part in lacking]
+            if reads_words(name) and not corpus.has_words:
+                found = [corpus.words]
+            reasons[name], *_ = [*found, "left out by --run-models or --phase"]
     return reasons
 
 
-def write_results(cfg, corpus, table, histories, **facts):
+def write_results(cfg, corpus, lacking, table, histories, **facts):
     """Write the results of a run or of an evaluation and facts about its models, then show them."""
     ran, test = list(table["system"].unique()), table[table["split"] == "test"]
     subject = [corpus.name, title_of_split(corpus, cfg), plural(test["clip"].nunique(), "test clip")]
     if "" not in set(test["actor"]):
         subject.append(plural(test["actor"].nunique(), "speaker"))
-    missing = not_run(ran, cfg, corpus)
+    missing = not_run(ran, cfg, corpus, lacking)
     oracles = [*filter(reads_words, ran)] * (corpus.words == "simulated")
     titles = {name: system.title + " (oracle text)" * (name in oracles)
               for name, system in SYSTEMS.items() if name in [*ran, *missing]}
@@ -3442,8 +3882,11 @@ def train_phase(cfg):
         return
     with only_warning():  # now: after an hour of training it comes late
         load_docx()
-    trained = {run: train_run(run, names, clips, corpus, device) for run, clips in clips_of.items()}
-    write_results(cfg, corpus, **results_of(trained, clips_of), audit=audit, command=command_of(cfg))
+    trained, lacking = {}, {}
+    for run, clips in clips_of.items():
+        trained[run], why = train_run(run, names, clips, corpus, device)
+        lacking |= why
+    write_results(cfg, corpus, lacking, **results_of(trained, clips_of), audit=audit, command=command_of(cfg))
 
 
 def results_of(trained, clips_of):
@@ -3464,11 +3907,12 @@ def results_of(trained, clips_of):
             # Frozen parts are not trained, and what normalisation counts is no parameter.
             sizes = [tensor.numel() for part, tensor in checkpoint.weights.items()
                      if not re.search("^encoders|running_|_tracked", part)]
-            history = pd.DataFrame(checkpoint.history)
-            histories.append(history.assign(system=name, parameters=sum(sizes), **key))
+            if checkpoint.history:
+                history = pd.DataFrame(checkpoint.history)
+                histories.append(history.assign(system=name, parameters=sum(sizes), **key))
     return {
         "table": with_ensembles(pd.concat(tables, ignore_index=True), classes_of(clips)),
-        "histories": pd.concat(histories),
+        "histories": pd.concat(histories or [pd.DataFrame(columns=["system"])]),
         "caveats": list(dict.fromkeys(caveats)),
         "calibration": calibration,
         "encoder": encoder_of(checkpoints)}
@@ -3487,7 +3931,8 @@ def report_phase(cfg):
 
 def evaluate_phase(cfg):
     """Score the models of OUTPUT_DIR, as they were trained, on another corpus; into a folder of its own."""
-    predictor = Predictor(cfg.output_dir, cfg.device, cfg.test_views)
+    predictor = predictor_of(cfg)
+    predictor.cfg = predictor.cfg._replace(phase="evaluate")  # which keeps what it computes
     encoder, saved = encoder_of(predictor.checkpoints), predictor.cfg._replace(manifest=cfg.manifest)
     refuse_contradictions(cfg, saved._asdict(), encoder, cfg.output_dir)
     # The features are those of the training, the corpus is another one.
@@ -3504,7 +3949,7 @@ def evaluate_phase(cfg):
              "Probabilities are renormalised over the emotions that both know."]
     print(*audit, sep="\n")
     save_table(Path(work.output_dir, "left_out.csv"), whole.left_out, predictor.caveats)
-    write_results(work, corpus, elsewhere(predictor, corpus), pd.DataFrame(columns=["system"]),
+    write_results(work, corpus, {}, elsewhere(predictor, corpus), pd.DataFrame(columns=["system"]),
                   caveats=caveats_elsewhere(predictor, corpus, cfg), encoder=encoder, audit=audit,
                   calibration={"training": predictor.calibration}, command=command_of(cfg))
 
@@ -3541,7 +3986,13 @@ def caveats_elsewhere(predictor, corpus, cfg):
 
 def elsewhere(predictor, corpus):
     """The predictions of trained models on another corpus, over the emotions that both know."""
-    answers = predictor.ask(windows_of(corpus.clips, predictor.cfg))
+    windows = windows_of(corpus.clips, predictor.cfg)
+    log_probs, calibration = predictor.ask(windows), predictor.calibration
+    if "speech" in log_probs:
+        checkpoint = predictor.checkpoints["speech"]
+        log_probs["speech_adapted"] = adapted(windows, checkpoint, predictor.cfg, predictor.device)
+        calibration = calibration | {"speech_adapted": calibration["speech"]}
+    answers = predict(log_probs, windows, calibration, predictor.cfg)
     table = predictions_table(answers, corpus.clips, predictor.classes, fold=0, seed=0)
     shares = table[classes_of(corpus.clips)].clip(1e-7)
     shares = shares.div(shares.sum(axis=1), axis=0)

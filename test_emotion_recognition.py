@@ -5723,6 +5723,466 @@ def test_what_whisper_makes_out_of_silence_is_an_empty_transcript(
     assert list(clips["transcript"]) == [text]
 
 
+# %% Speech encoders
+@pytest.fixture(scope="session")
+def encoders(tmp_path_factory):
+    """A folder with a tiny encoder of random weights for each of five families, in transformers' format."""
+    import transformers
+    folder, make = tmp_path_factory.mktemp("encoders"), transformers
+    small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    waves = small | {
+        "conv_dim": (16,) * 7, "conv_stride": (5, 2, 2, 2, 2, 2, 2), "conv_kernel": (10, 3, 3, 3, 3, 2, 2),
+        "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 2}
+    whisper = make.WhisperConfig(
+        d_model=16, encoder_layers=2, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
+        encoder_ffn_dim=32, decoder_ffn_dim=32, vocab_size=100, pad_token_id=0, bos_token_id=1,
+        eos_token_id=2, decoder_start_token_id=1)
+    torch.manual_seed(0)
+    for name, model, extractor in (
+            ("wav2vec2", make.Wav2Vec2Model(make.Wav2Vec2Config(**waves)), make.Wav2Vec2FeatureExtractor()),
+            ("wavlm", make.WavLMModel(make.WavLMConfig(**waves)), make.Wav2Vec2FeatureExtractor()),
+            ("w2v-bert", make.Wav2Vec2BertModel(make.Wav2Vec2BertConfig(**small)),
+             make.SeamlessM4TFeatureExtractor()),
+            ("ast", make.ASTModel(make.ASTConfig(**small)), make.ASTFeatureExtractor()),
+            ("whisper", make.WhisperModel(whisper), make.WhisperFeatureExtractor())):
+        model.save_pretrained(folder / name)
+        extractor.save_pretrained(folder / name)
+    return folder
+
+
+FAMILIES = ["wav2vec2", "wavlm", "w2v-bert", "ast", "whisper"]
+SPEECH = ["--demo", "--run-models", "speech", "--device", "cpu"]
+
+
+def encoder_of(*flags):
+    """The frozen encoder that flags name."""
+    return er.SpeechEncoder.prepare(er.parse_settings(["--device", "cpu", *flags]))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_any_speech_encoder_of_transformers_can_be_heard_with(family, encoders, finished, unpublished):
+    shutil.copytree(finished / "archive", "archive")
+    er.main([*SPEECH, "--speech-encoder", str(encoders / family)])
+    line = figures()["speech"]
+    assert line["clips"] == 16
+    checkpoint = er.read_checkpoint(config(output_dir=str(OUTPUT)), "speech")
+    assert checkpoint.weights["head.weight"].shape == (8, 3 * 16)
+    assert checkpoint.spec["encoder"] == encoder_of("--speech-encoder", str(encoders / family)).key
+
+    written("a.wav", speech())
+    table = er.Predictor(OUTPUT).predict("a.wav")
+    assert table["predicted"]["SpeechEncoder"] in er.EMOTIONS
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_clips_of_any_length_are_heard_alone(family, encoders):
+    encoder = encoder_of("--speech-encoder", str(encoders / family))
+    cfg = config(phase="predict")
+    for seconds in (0.02, 1.0, 2.5):
+        samples = np.resize(speech(), int(seconds * RATE))
+        features = er.speech_features(samples, (1.0, ""), encoder, cfg, "cpu")
+        assert features.shape == (3 * 16,)
+        assert np.isfinite(features).all()
+    steps = encoder.states(np.resize(speech(), 2 * RATE)).shape[1]
+    assert steps == {"ast": 1214, "whisper": 100}.get(family, 99)
+
+
+def test_whisper_hears_30_seconds_as_its_own_code_does(tiny_whisper):
+    import whisper
+    samples = np.resize(speech(), 30 * RATE)
+    encoder = encoder_of("--whisper-model", tiny_whisper)
+    model = whisper.load_model(tiny_whisper)
+    with torch.inference_mode(), er.faster("cpu"):
+        expected = model.encoder(whisper.log_mel_spectrogram(samples)[None])
+    with torch.inference_mode():
+        states = encoder.states(samples)
+        assert torch.allclose(states[-1].float(), expected[0].float(), atol=2e-2)
+        longer = encoder.states(np.resize(speech(), 40 * RATE))  # no more positions than that
+    assert longer.shape == states.shape == (3, 1500, 16)
+    assert encoder.states(samples[:2 * RATE]).shape == (3, 100, 16)
+
+
+def test_an_encoder_is_known_by_its_weights(tiny_whisper):
+    content = torch.load(tiny_whisper, weights_only=True)
+    torch.save(content | {"more": 1}, "renamed.pt")
+    assert encoder_of("--whisper-model", "renamed.pt").key == encoder_of("--whisper-model", tiny_whisper).key
+    content["model_state_dict"]["encoder.conv1.bias"] += 1
+    torch.save(content, "other.pt")
+    assert encoder_of("--whisper-model", "other.pt").key != encoder_of("--whisper-model", tiny_whisper).key
+
+
+@pytest.fixture
+def listened(monkeypatch):
+    """The lengths of what an encoder that hears nothing but the level of a clip is asked to hear."""
+    lengths = []
+
+    def states(samples):
+        lengths.append(len(samples))
+        return torch.full((2, 5, 3), float(np.abs(samples).mean()))
+
+    encoder = er.SpeechWeights(states, 16000, "levels")
+    monkeypatch.setattr(er, "load_speech_encoder", lambda *_: encoder)
+    return lengths
+
+
+def test_features_are_computed_once(listened):
+    cfg, encoder = config(), encoder_of()
+    samples = speech()
+
+    def features(samples=samples, view=(1.0, ""), encoder=encoder, cfg=cfg):
+        return er.speech_features(samples, view, encoder, cfg, "cpu")
+
+    first = features()
+    assert features(samples.copy()).tolist() == first.tolist()
+    assert len(listened) == 1
+    fold = cfg._replace(output_dir="outputs/fold_3_seed_42")
+    assert features(cfg=fold).tolist() == first.tolist()
+    assert len(listened) == 1  # runs share them
+
+    features(view=(0.9, ""))
+    features(view=(1.0, "noise"))
+    features(encoder=encoder._replace(key="another"))
+    features(samples=samples[:-1])
+    features(cfg=cfg._replace(sampling_rate=8000))
+    assert len(listened) == 6
+
+
+def test_recordings_that_are_answered_leave_nothing_in_the_cache(listened):
+    er.speech_features(speech(), (1.0, ""), encoder_of(), config(phase="predict"), "cpu")
+    assert not Path("outputs").exists()
+
+
+@pytest.mark.parametrize("spoil", [lambda path: cut(path, 40), lambda path: path.write_bytes(b"")])
+def test_a_cache_that_was_cut_off_is_made_again(spoil, listened):
+    encoder = encoder_of()
+    first = er.speech_features(speech(), (1.0, ""), encoder, config(), "cpu")
+    path, = Path("outputs/cache").iterdir()
+    spoil(path)
+    assert er.speech_features(speech(), (1.0, ""), encoder, config(), "cpu").tolist() == first.tolist()
+    assert len(listened) == 2
+    assert np.load(path).tolist() == first.tolist()
+
+
+def test_listening_goes_on_where_it_was_stopped(listened, finished, unpublished, monkeypatch):
+    shutil.copytree(finished / "archive", "archive")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt(patch, np, "save", 7)
+        er.main(SPEECH)
+    assert len(listened) == 7
+    er.main(SPEECH)
+    # Three speeds of all clips and two disturbed copies of those of training; six are not heard twice.
+    clips = pd.read_csv(OUTPUT / "clips.csv")
+    training = sum(clips["split"] == "train")
+    assert len(listened) == 1 + 3 * len(clips) + 2 * training
+
+
+def test_a_disk_that_fills_while_listening_is_one_sentence(listened, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(np, "save", full)
+    with pytest.raises(er.UserError, match=r"cache.*No space left.*--output-dir"):
+        er.speech_features(speech(), (1.0, ""), encoder_of(), config(), "cpu")
+
+
+def test_speeds_change_the_length_of_what_is_heard(listened):
+    for speed in (0.9, 1.0, 1.1):
+        er.speech_features(speech(), (speed, ""), encoder_of(), config(), "cpu")
+    expected = [len(speech()) / speed for speed in (0.9, 1.0, 1.1)]
+    assert listened == pytest.approx(expected, abs=2)
+
+
+def test_noise_is_5_to_25_db_below_a_clip_and_the_same_each_time():
+    levels = []
+    for seed in range(40):
+        samples = np.random.default_rng(seed).standard_normal(RATE).astype(np.float32)
+        noise = er.disturbed(samples, RATE, "noise") - samples
+        assert np.array_equal(er.disturbed(samples, RATE, "noise") - samples, noise)
+        levels.append(20 * np.log10(np.linalg.norm(samples) / np.linalg.norm(noise)))
+    assert 5 <= min(levels) < 10
+    assert 20 < max(levels) <= 25
+
+
+def test_a_telephone_carries_300_to_3400_hz():
+    samples = np.random.default_rng(0).standard_normal(4 * RATE).astype(np.float32)
+    hertz = np.fft.rfftfreq(len(samples), 1 / RATE)
+    before, after = (np.abs(np.fft.rfft(x)) ** 2 for x in (samples, er.disturbed(samples, RATE, "telephone")))
+    for low, high, least, most in ((0, 200, 0, 0.01), (400, 3300, 0.95, 1.05), (4000, 8000, 0, 0.01)):
+        band = (low <= hertz) & (hertz < high)
+        assert least <= after[band].sum() / before[band].sum() <= most
+    assert er.disturbed(samples, RATE, "") is samples
+
+
+@pytest.mark.parametrize("classes", [2, 3, 8])
+def test_the_head_of_speech_is_scikit_learns(classes, listened, monkeypatch):
+    from sklearn.linear_model import LogisticRegression
+    rng = np.random.default_rng(0)
+    emotions = pd.Categorical.from_codes(np.arange(40) % classes, er.EMOTIONS[:classes])
+    sounds = [rng.normal(0, 0.1 + code, RATE // 2).astype(np.float32) for code in emotions.codes]
+    clips = pd.DataFrame({"emotion": emotions, "samples": sounds, "mel": [np.zeros((20, 64))] * 40})
+    cfg = config(speech_c=1.0)
+    model = er.SpeechEncoder(classes, 0.4, "levels", 6)
+    dataset = er.ClipDataset(clips, model, cfg, "cpu", augment=True)
+    assert model.fit(dataset, None, cfg) == (model, [])
+
+    views = []
+    for dataset.view in er.SpeechEncoder.training_views:
+        views.append(dataset[list(range(40))]["speech"])
+    speech = torch.cat(views)
+    features = ((speech - speech.mean(dim=0)) / speech.std(dim=0)).numpy()
+    head = LogisticRegression(C=1.0, class_weight="balanced", max_iter=1000)
+    head.fit(features, np.tile(emotions.codes, 5))
+    expected = head.predict_proba(features)
+    with torch.no_grad():
+        found = model.eval()({"speech": speech}).softmax(dim=1).numpy()
+    assert np.allclose(found, expected, atol=1e-4)
+
+
+def test_where_weights_cannot_be_had_the_row_says_why_and_the_rest_runs(copied, monkeypatch, capsys):
+    for name in ("speech", "bert", "fusion_bert", "attention_bert"):
+        er.file_of(config(output_dir=str(OUTPUT)), name).unlink()
+    refusal = er.UserError("--whisper-model base cannot be loaded (no network)")
+
+    def offline(*_):
+        raise refusal
+    monkeypatch.setattr(er, "load_speech_encoder", offline)
+    monkeypatch.setattr(er, "load_text_encoder", offline)
+    er.main(DEMO)
+    missing = er.read_results(OUTPUT).config["not_run"]
+    assert set(missing.values()) == {str(refusal)}
+    lost = {name for name in SHOWN if er.inputs_of(name) & {"speech", "input_ids"}}
+    assert set(missing) == lost
+    assert set(figures()) == set(SHOWN) - lost
+    assert "cannot run: --whisper-model base" in capsys.readouterr().out
+
+
+def test_weights_that_the_command_line_names_must_be_there(finished):
+    shutil.copytree(finished / "archive", "archive")
+    for flags in (["--whisper-model", "gone.pt"], ["--speech-encoder", "gone"], ["--bert-model", "gone"]):
+        with pytest.raises(er.UserError, match=f"{flags[0]} gone"):
+            er.main([*DEMO, *flags])
+
+
+def test_when_no_weights_are_there_at_all_the_reason_is_the_end(finished, monkeypatch):
+    shutil.copytree(finished / "archive", "archive")
+
+    def offline(*_):
+        raise er.UserError("no network")
+    monkeypatch.setattr(er, "load_speech_encoder", offline)
+    with pytest.raises(er.UserError, match="no network"):
+        er.main(SPEECH)
+
+
+def spoiled(source, change):
+    """A copy of an encoder's folder, changed."""
+    folder = Path(shutil.copytree(source, "spoiled"))
+    change(folder)
+    return folder
+
+
+@pytest.mark.parametrize(("change", "sentence"), [
+    (lambda folder: (folder / "preprocessor_config.json").unlink(), "spoiled cannot be loaded"),
+    (lambda folder: (folder / "model.safetensors").unlink(), "spoiled cannot be loaded"),
+    (lambda folder: cut(folder / "model.safetensors", 5000), "spoiled cannot be loaded"),
+    (lambda folder: spoil_json(folder / "config.json", lambda content: content.update(num_hidden_layers=3)),
+     "it lacks the weights of"),
+])
+def test_a_broken_speech_encoder_is_one_sentence(change, sentence, encoders):
+    folder = spoiled(encoders / "wavlm", change)
+    with pytest.raises(er.UserError, match=f"--speech-encoder .*{sentence}") as error:
+        encoder_of("--speech-encoder", str(folder))
+    assert "\n" not in str(error.value)
+
+
+def test_an_encoder_of_words_cannot_hear(finished):
+    with pytest.raises(er.UserError, match="--speech-encoder .* cannot be loaded"):
+        encoder_of("--speech-encoder", str(finished / ENCODER))
+
+
+def test_confidence_below_which_more_answers_are_wrong_than_right():
+    probabilities = np.array([[0.9, 0.1], [0.8, 0.2], [0.3, 0.7], [0.6, 0.4], [0.45, 0.55]])
+    assert er.fit_threshold(probabilities, np.array([0, 0, 1, 1, 0])) == 0.7
+    assert er.fit_threshold(probabilities, np.array([0, 1, 0, 0, 1])) == 0.9
+    assert er.fit_threshold(probabilities, np.array([0, 0, 1, 0, 1])) == 0.55
+
+
+@pytest.fixture
+def predictor(finished):
+    """The models of the finished demo."""
+    return er.Predictor(finished / OUTPUT, whisper_model=str(finished / "archive/demo/whisper.pt"))
+
+
+def test_who_hears_and_was_best_on_validation_stands_first(predictor, output):
+    table = predictions(output).query("split == 'validation'")
+    losses = {name: er.score(part, er.EMOTIONS)["nll"] for name, part in table.groupby("system")
+              if not er.reads_words(name)}
+    assert predictor.first == min(losses, key=losses.get)
+    written("a.wav", speech())
+    answers = predictor.predict("a.wav", text="What a day.")
+    assert answers.index[0] == er.SYSTEMS[predictor.first].title
+    assert sorted(answers.index) == sorted(TITLES.values())
+
+
+def test_an_answer_is_unsure_below_the_threshold_of_its_system(predictor):
+    written("a.wav", speech())
+    for threshold, unsure in ((0.0, False), (1.1, True)):
+        predictor.thresholds = dict.fromkeys(predictor.thresholds, threshold)
+        table = predictor.predict("a.wav", text="What a day.")
+        assert set(table["unsure"]) == {unsure}
+        assert set(table["predicted"]) <= set(er.EMOTIONS)
+        assert set(predictor.predict_over_time("a.wav")["unsure"]) == {unsure}
+
+
+def test_the_console_says_unsure(predictor, capsys):
+    line = dict.fromkeys(er.EMOTIONS, 0.125) | {
+        "recording": "a.wav", "error": "", "predicted": "sad", "unsure": True, "model": "AudioCNN", "note": "",
+        "gate": "level", "text": None, "text_source": "--text", "over_time": ""}
+    er.print_answer([line], er.EMOTIONS)
+    assert "a.wav: sad (unsure)" in capsys.readouterr().out
+
+
+def pretend_no_speech(patch, probabilities):
+    """Let Whisper give these no-speech probabilities, one after the other."""
+    patch.setattr(er, "decode_with_whisper", lambda *_, **__: SimpleNamespace(
+        no_speech_prob=next(probabilities), avg_logprob=-0.3, compression_ratio=1.0, text=""))
+
+
+@pytest.mark.parametrize(("probability", "predicted"), [(0.2, "an emotion"), (0.8, "no speech")])
+def test_whisper_says_what_is_speech(probability, predicted, predictor, monkeypatch):
+    pretend_no_speech(monkeypatch, itertools.repeat(probability))
+    line = predictor.predict(speech(), RATE).iloc[0]
+    assert (line["predicted"] == "no speech") == (predicted == "no speech")
+    assert line["gate"] == f"Whisper, no-speech probability {probability:.2f}"
+    course = predictor.predict_over_time(speech(), RATE)
+    assert set(course["predicted"] == "no speech") == {predicted == "no speech"}
+
+
+def test_of_a_long_recording_each_half_minute_may_be_noise(predictor, monkeypatch):
+    pretend_no_speech(monkeypatch, iter([0.1, 0.9, 0.1]))
+    course = predictor.predict_over_time(np.resize(speech(), 70 * RATE), RATE)
+    silent = course.loc[course["predicted"] == "no speech", "start"]
+    assert silent.min() == pytest.approx(30, abs=1.5)
+    assert silent.max() == pytest.approx(60, abs=1.5)
+    assert len(silent) == pytest.approx(30 / 1.28, abs=2)
+
+
+def test_a_refusal_says_what_may_have_been_heard(predictor, monkeypatch, capsys, copied):
+    pretend_no_speech(monkeypatch, itertools.repeat(0.8))
+    written("a.wav", speech())
+    er.main([*PREDICTING, "a.wav"])
+    out = capsys.readouterr().out
+    assert "a.wav: no speech" in out
+    assert "music or noise? (Whisper, no-speech probability 0.80)" in out
+
+
+def test_another_encoder_than_that_of_training_is_passed_over(finished, tiny_whisper, capsys):
+    other = torch.load(tiny_whisper, weights_only=True)
+    other["model_state_dict"]["encoder.conv1.bias"] += 1
+    torch.save(other, "other.pt")
+    predictor = er.Predictor(finished / OUTPUT, whisper_model="other.pt")
+    assert "another encoder than that of --whisper-model other.pt" in capsys.readouterr().err
+    assert "SpeechEncoder" not in predictor.predict(speech(), RATE).index
+
+
+def test_an_encoder_that_is_gone_is_named_by_its_flag(finished, copied, capsys):
+    Path("archive/demo/whisper.pt").unlink()
+    sentence = "--whisper-model archive/demo/whisper.pt cannot be loaded"
+    assert "AudioCNN" in er.Predictor(OUTPUT).predict(speech(), RATE).index
+    assert sentence in capsys.readouterr().err
+
+    path, elsewhere = str(written("a.wav", speech())), str(finished / "archive/demo/whisper.pt")
+    er.main([*PREDICTING, path, "--whisper-model", elsewhere])
+    assert "SpeechEncoder" in capsys.readouterr().out
+    for name in set(er.TRAINED) - {"speech"}:
+        er.file_of(config(output_dir=str(OUTPUT)), name).unlink()
+    with pytest.raises(er.UserError, match=sentence):
+        er.main([*PREDICTING, path])
+
+
+@pytest.fixture
+def shipped(finished, monkeypatch):
+    """A folder of this file with a trained SpeechEncoder beside it."""
+    path = Path("product/archive/SpeechEncoder_best.pth")
+    path.parent.mkdir(parents=True)
+    shutil.copy(finished / OUTPUT / path.name, path)
+    shutil.copytree(finished / "archive", "archive")  # where its Whisper lies
+    monkeypatch.setattr(er, "__file__", str(Path("product/emotion_recognition.py").absolute()))
+    return path
+
+
+def test_where_nothing_was_trained_the_model_that_comes_with_the_file_answers(shipped, capsys):
+    written("a.wav", speech())
+    er.main(["--input", "a.wav"])
+    assert "SpeechEncoder" in capsys.readouterr().out
+    table = er.Predictor().predict("a.wav")
+    assert list(table.index) == ["SpeechEncoder"]
+    shutil.copytree(shipped.parent, "outputs/elsewhere")
+    shutil.rmtree("product")
+    with pytest.raises(er.UserError, match=r"outputs holds several runs|outputs holds no trained model"):
+        er.Predictor()
+
+
+def test_when_only_the_script_was_copied_the_missing_file_is_named(shipped):
+    shipped.unlink()
+    with pytest.raises(er.UserError, match=r"outputs holds no trained model, and .*SpeechEncoder_best\.pth"):
+        er.main(["--input", str(written("a.wav", speech()))])
+
+
+def test_a_folder_that_is_named_is_not_replaced_by_the_model_that_comes_with_the_file(shipped):
+    with pytest.raises(er.UserError, match="mistyped holds no trained model"):
+        er.main(["--input", str(written("a.wav", speech())), "--output-dir", "mistyped"])
+
+
+def test_adapting_hears_other_speakers_and_no_labels(listened, monkeypatch):
+    rng = np.random.default_rng(0)
+    emotions = pd.Categorical.from_codes(np.tile([0, 1], 20), er.EMOTIONS[:2])
+    loud = [rng.normal(0, 0.1 + 0.1 * code, RATE // 2).astype(np.float32) for code in emotions.codes]
+    windows = pd.DataFrame({
+        "emotion": emotions, "samples": loud, "mel": [np.zeros((20, 64))] * 40, "clip": range(40),
+        "actor": np.repeat([1, 2, 3, 4, 5], 8), "voiced": 1.0})
+    cfg = config(speech_c=1.0)
+    model = er.SpeechEncoder(2, 0.4, "levels", 6)
+    model.fit(er.ClipDataset(windows, model, cfg, "cpu", augment=True), None, cfg)
+    checkpoint = er.Checkpoint(
+        "speech", model.spec, model.state_dict(), er.EMOTIONS[:2], "", (), {}, {}, [], {},
+        er.infer(model, windows, cfg, "cpu"))
+
+    def right(log_probs):
+        return float((log_probs.mean(dim=0).argmax(dim=1).numpy() == emotions.codes).mean())
+
+    # Elsewhere everything is ten times as loud: all sounds like the second class.
+    abroad = windows.assign(samples=[10 * samples for samples in loud])
+    assert right(er.infer(model, windows, cfg, "cpu")) == 1
+    assert right(er.infer(model, abroad, cfg, "cpu")) == 0.5
+    assert right(er.adapted(abroad, checkpoint, cfg, "cpu")) == 1
+    turned = abroad.assign(emotion=pd.Categorical.from_codes(1 - emotions.codes, er.EMOTIONS[:2]))
+    assert torch.equal(er.adapted(turned, checkpoint, cfg, "cpu"), er.adapted(abroad, checkpoint, cfg, "cpu"))
+
+    # A speaker's own clips do not move the answers to them.
+    samples = [wave * (50 if actor == 3 else 1) for wave, actor in zip(abroad["samples"], abroad["actor"])]
+    one = er.adapted(abroad.assign(samples=samples), checkpoint, cfg, "cpu")
+    same = (abroad["actor"] == 3).to_numpy()
+    moved = er.infer(model, windows.assign(samples=samples)[same], cfg, "cpu")
+    assert one[:, same].shape == moved.shape
+
+
+def test_evaluate_shows_speech_plain_and_adapted(copied, unpublished):
+    flags = own_corpus(er.EMOTIONS)
+    er.main(["--phase", "evaluate", "--output-dir", str(OUTPUT), *flags])
+    found = figures(OUTPUT / "evaluation_corpus")
+    assert {"speech", "speech_adapted"} <= set(found)
+    titles = er.read_results(OUTPUT / "evaluation_corpus").titles
+    assert "uses unlabelled clips of this corpus" in titles["speech_adapted"]
+    assert "speech_adapted" not in er.read_results(OUTPUT).config["not_run"]
+
+
+def test_shares_of_answers_stand_beside_those_of_the_clips(output):
+    results = er.read_results(output)
+    table = er.shares_table(results)
+    assert table.loc["there"].tolist() == ["12.5 %"] * 8
+    first = results.test[results.test["system"] == "cnn"]["predicted"].value_counts(normalize=True)
+    assert table.loc["AudioCNN"].tolist() == [er.percent(first.get(emotion, 0)) for emotion in er.EMOTIONS]
+
+
 # %% Notebook
 def as_notebook(**constants):
     """The script as a notebook whose constants are edited, with a small demo."""
