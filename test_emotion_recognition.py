@@ -3952,6 +3952,204 @@ def test_an_error_ends_the_study_with_one_sentence_and_exit_code_2(monkeypatch, 
     assert re.match("error: .*nowhere", line)
 
 
+# %% Answers to changed recordings, archive/robustness.py
+ROBUSTNESS = SCRIPT.parent / "archive/robustness.py"
+
+
+@pytest.fixture(scope="session")
+def robustness():
+    return companion(ROBUSTNESS)
+
+
+@pytest.fixture
+def altered(robustness):
+    """Changes samples at 48 kHz, by the name of the change."""
+    return lambda name, samples: robustness.CHANGES[name](samples, 48000)
+
+
+def decibels(ratio):
+    return 20 * np.log10(ratio)
+
+
+def below(added, samples):
+    """How many dB of mean power something lies below samples."""
+    return decibels(np.linalg.norm(samples) / np.linalg.norm(added))
+
+
+def level_at(samples, frequency, rate=48000):
+    """The amplitude of samples within 2 % of a frequency in Hz."""
+    frequencies = np.fft.rfftfreq(len(samples), 1 / rate)
+    near = abs(frequencies - frequency) < 0.02 * frequency
+    power = abs(np.fft.rfft(samples)[near]) ** 2
+    return 2 * math.sqrt(power.sum()) / len(samples)
+
+
+def kept(altered, name, pitch):
+    """The dB by which a change makes a tone of a pitch in Hz louder."""
+    samples = tone(2, 48000, pitch)
+    return decibels(level_at(altered(name, samples), pitch) / level_at(samples, pitch))
+
+
+def test_robustness_tones_and_noises_have_the_level_in_their_name(altered):
+    samples = 0.3 * speech(48000)
+    for name, frequency, level in (("tone, 5000 Hz at -40 dB", 5000, -40), ("hum, 50 Hz at -20 dB", 50, -20)):
+        added = altered(name, samples) - samples
+        assert decibels(abs(added).max() / abs(samples).max()) == pytest.approx(level, abs=0.05)
+        assert level_at(added, frequency) == pytest.approx(abs(added).max(), rel=0.02)
+
+    for level in (30, 20, 10, 0):
+        white = altered(f"white noise, {level} dB", samples) - samples
+        assert below(white, samples) == pytest.approx(level, abs=0.01)
+        assert level_at(white, 8000) / level_at(white, 500) == pytest.approx(4, rel=0.2)
+        again = altered(f"white noise, {level} dB", samples.copy()) - samples
+        assert (white == again).all()
+    pink = altered("pink noise, 10 dB", samples) - samples
+    assert below(pink, samples) == pytest.approx(10, abs=0.01)
+    assert level_at(pink, 8000) / level_at(pink, 500) == pytest.approx(1, rel=0.2)
+    power = abs(np.fft.rfft(pink)) ** 2
+    unheard = np.fft.rfftfreq(len(pink), 1 / 48000) < 20
+    assert power[unheard].sum() < 0.2 * power.sum()
+
+
+def test_robustness_filters_and_levels_do_what_their_names_say(altered):
+    for name, passes, stops in (
+            ("high-pass, 50 Hz", (100, 1000, 20000), (20,)),
+            ("low-pass, 7500 Hz", (30, 1000, 6000), (12000,)),
+            ("telephone, 300-3400 Hz", (500, 1000, 3000), (100, 8000))):
+        for pitch in passes:
+            assert abs(kept(altered, name, pitch)) < 1.5
+        for pitch in stops:
+            assert kept(altered, name, pitch) < -12
+    assert kept(altered, "gain, -6 dB", 440) == pytest.approx(-6)
+    assert kept(altered, "gain, -20 dB", 440) == pytest.approx(-20)
+
+    samples = speech(48000)
+    small = altered("-40 dB in 16 bits", samples)
+    assert abs(small - samples / 100).max() <= 0.5001 / 32768
+    assert (small * 32768 == np.round(small * 32768)).all()
+    clipped = altered("clipping, loudest 0.3 %", samples)
+    assert (clipped != samples).mean() == pytest.approx(0.003, abs=0.0005)
+    assert abs(clipped).max() < abs(samples).max()
+    assert (altered("none", samples) == samples).all()
+
+
+def test_robustness_filters_take_a_file_that_ends_below_them(robustness):
+    samples = tone(1, 8000)
+    heard = robustness.CHANGES["low-pass, 7500 Hz"](samples, 8000)
+    assert level_at(heard, 440, 8000) == pytest.approx(0.5, rel=0.02)
+
+
+def test_robustness_lengths_are_what_their_names_say(altered):
+    samples = speech(48000)
+    silence = np.zeros(24000)
+    assert (altered("zeros before, 0.5 s", samples) == np.append(silence, samples)).all()
+    assert (altered("zeros after, 0.5 s", samples) == np.append(samples, silence)).all()
+    assert (altered("cropped beginning, 50 ms", samples) == samples[2400:]).all()
+    assert (altered("cropped end, 50 ms", samples) == samples[:-2400]).all()
+    assert len(altered("8 kHz", samples)) == pytest.approx(len(samples) / 6, abs=1)
+
+    for speed in (0.9, 1.1):
+        fast = altered(f"speed {speed}", tone(2, 48000))
+        assert len(fast) == pytest.approx(96000 / speed, abs=1)
+        assert level_at(fast, 440 * speed) == pytest.approx(0.5, rel=0.02)
+
+
+def robust(printed, changes):
+    """The first line of what was printed, {title: {change: numbers of its row}}, the lines about sexes."""
+    first, *blocks = printed.strip().split("\n\n")
+    tables, sexes = {}, []
+    for block in blocks:
+        title, header, *lines, last = block.splitlines()
+        assert header.split() == ["unchanged", "uar", "ece", "ece_if_perfect", "no", "speech"]
+        tables[title] = {}
+        for change, line in zip(changes, lines, strict=True):
+            assert line.startswith(f"{change} ")
+            numbers = re.findall(r"[0-9.]+", line.removeprefix(change))
+            tables[title][change] = [float(number) for number in numbers]
+        sexes.append(last)
+    return first, tables, sexes
+
+
+def test_robustness_asks_every_model_that_hears_after_every_change(robustness, copied, capsys):
+    robustness.main([str(OUTPUT), str(CORPUS), "--clips", "4"])
+    first, tables, sexes = robust(capsys.readouterr().out, robustness.CHANGES)
+    assert first.startswith("4 clips; models trained on 0 of them; ")
+    assert "synthetic demo corpus: the figures mean nothing" in first
+    hearing = [er.SYSTEMS[name].title for name in SHOWN if not er.reads_words(name)]
+    assert list(tables) == hearing
+    for rows in tables.values():
+        assert rows["none"][0] == 100
+    for line in sexes:
+        assert re.fullmatch(r"UAR: female \S+ %, male \S+ %; gap \S+ %, by chance up to \S+ % .*", line)
+
+
+def answer_always(monkeypatch, number):
+    """Let models give a window the emotion of a number, whatever they hear; nothing if it is silent."""
+    def infer(model, windows, cfg, device):
+        logits = torch.zeros(len(model.views), len(windows), 8)
+        logits[..., number] = 3
+        return logits.log_softmax(dim=2)
+
+    monkeypatch.setattr(er, "infer", infer)
+
+
+def test_robustness_of_who_always_answers_the_same_is_perfect_and_its_uar_chance(
+        robustness, copied, monkeypatch, capsys):
+    answer_always(monkeypatch, 4)
+    robustness.main([str(OUTPUT), str(CORPUS), "--clips", "16", "--system", "cnn"])
+    _, tables, _ = robust(capsys.readouterr().out, robustness.CHANGES)
+    assert list(tables) == ["AudioCNN"]
+    for unchanged, uar, *_, refused in tables["AudioCNN"].values():
+        assert (unchanged, uar, refused) == (100, 12.5, 0)
+
+
+def test_robustness_counts_no_speech_as_a_changed_and_wrong_answer(robustness, copied, monkeypatch, capsys):
+    answer_always(monkeypatch, 4)
+    monkeypatch.setattr(er.Predictor, "gate", lambda self, clip, windows: (abs(clip.samples).max() > 0.1, ""))
+    robustness.main([str(OUTPUT), str(CORPUS), "--clips", "16", "--system", "cnn"])
+    _, tables, _ = robust(capsys.readouterr().out, robustness.CHANGES)
+    rows = tables["AudioCNN"]
+    unchanged, uar, *_, refused = rows["none"]
+    assert (unchanged, uar, refused) == (100, 12.5, 0)
+    unchanged, uar, *_, refused = rows["-40 dB in 16 bits"]
+    assert (unchanged, uar, refused) == (0, 0, 16)
+
+
+def test_robustness_says_when_clips_were_trained_on(
+        robustness, copied, monkeypatch, capsys):
+    answer_always(monkeypatch, 0)
+    predictor = er.Predictor(OUTPUT)
+    for checkpoint in predictor.checkpoints.values():
+        checkpoint.windows["split"] = ["train"] * len(checkpoint.windows["split"])
+    clips = robustness.find_clips(str(CORPUS), predictor, 12)
+    assert set(clips["split"]) == {"train"}
+    assert len(clips) == 12
+
+    # Of eight emotions by each of six actors there is one before there are two.
+    clips = robustness.find_clips(str(CORPUS), predictor, 48)
+    assert len(clips.drop_duplicates(["emotion", "actor"])) == 48
+    monkeypatch.setattr(er, "Predictor", lambda folder: predictor)
+    robustness.main([str(OUTPUT), str(CORPUS), "--clips", "1", "--system", "cnn"])
+    assert capsys.readouterr().out.startswith("1 clip; models trained on 1 of them; ")
+
+
+@pytest.mark.parametrize(("argv", "problem"), [
+    (["nowhere", "archive"], "nowhere holds no trained model"),
+    ([str(OUTPUT), "nowhere"], "nowhere does not exist"),
+    ([str(OUTPUT), "missing.csv"], "missing.csv is not readable as CSV"),
+    ([str(OUTPUT), str(CORPUS), "--clips", "0"], "--clips 0 is less than 1"),
+    ([str(OUTPUT), str(CORPUS), "--system", "rnn"], "--system rnn is none of cnn"),
+])
+def test_robustness_errors_are_one_sentence_with_exit_code_2(argv, problem, copied, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["robustness.py", *argv])
+    source = compile(ROBUSTNESS.read_text(encoding="utf-8"), str(ROBUSTNESS), "exec")
+    with pytest.raises(SystemExit) as stop:
+        exec(source, {"__name__": "__main__", "__file__": str(ROBUSTNESS)})
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith(f"error: {problem}")
+
+
 # %% Prediction on one's own recordings
 ANSWER = ["recording", "error", "model", "predicted", *er.EMOTIONS]
 COLUMNS = [*ANSWER, "note", "text", "text_source", "over_time"]
