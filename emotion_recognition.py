@@ -20,9 +20,10 @@
 """
 # Speech emotion recognition on RAVDESS: sound, words, and both
 
-Trains five models and compares nine systems that tell emotions apart, on speakers that none has ever heard:
+Trains six models and compares sixteen systems that tell emotions apart, on speakers that none has ever heard:
 
-    clip --> log-mel spectrogram ------------> AudioCNN ----------.---> early fusion: joined features,
+    clip --> frozen speech encoder ----------> SpeechEncoder -----.
+     |--> log-mel spectrogram ---------------> AudioCNN ----------|---> early fusion: joined features,
      |                                                            |     one new classification head
      '--> transcript (simulated | Whisper) --> TextRNN, TextBERT -'---> late fusion: mean or learned weights
 
@@ -34,7 +35,7 @@ Trains five models and compares nine systems that tell emotions apart, on speake
     python emotion_recognition.py --phase unimodal                 sound alone and words alone, no fusion
     python emotion_recognition.py --phase fusion --epochs-cnn 5    fusions and their parts, another setting
     python emotion_recognition.py --phase report                   tables, plots and report once more
-    python emotion_recognition.py --phase predict --input me.wav   what the trained models say of a recording
+    python emotion_recognition.py --input me.wav                   an answer, also before anything is trained
     python emotion_recognition.py --phase evaluate --manifest other.csv   their figures on another corpus
     python emotion_recognition.py --help                           every setting is a constant and a flag
 
@@ -42,7 +43,7 @@ AudioCNN reaches 67.1 % UAR on unseen actors (chance 12.5; five folds, three see
 72.5). One fold of everything takes 8 minutes on two AVX-512 cores. Simulated sentences are drawn by label:
 they show what the code does, not what words tell about feelings.
 
-The file reads in the order in which the data flows. What decides a figure stands in sections 4 to 16; the
+The file reads in the order in which the data flows. What decides a figure stands in sections 4 to 17; the
 sections after them find files, draw, report and answer. What a training depends on is compared with what its
 checkpoint says, the code between `Corpus` and `SYSTEMS` included: edited science trains anew.
 """
@@ -1282,7 +1283,7 @@ def speech_features(samples, view, encoder, cfg, device):
     return features
 
 
-# %% 9. Batches
+# %% 10. Batches
 VIEWS = (1.0, 1.0), (0.94, 1.0), (1.06, 1.0), (1.0, 1.105), (1.0, 0.905)  # of a clip: speed, tempo
 
 
@@ -1445,7 +1446,7 @@ def mix(batch, classes, strength):
     return {key: weight * value + (1 - weight) * value[order] for key, value in batch.items()}
 
 
-# %% 10. Models
+# %% 11. Models
 SOUND = {"mel", "speech"}  # the batch keys that are made of sound; all others are made of words
 
 
@@ -1763,7 +1764,7 @@ class TextBERT(Encoder):
     pool = staticmethod(masked_mean)  # (B, L, D) -> (B, D)
 
 
-# %% 11. Early fusion
+# %% 12. Early fusion
 class CrossAttention(nn.Module):
     """Steps of one modality, each with what it finds in the other (Tsai et al. 2019 do so in MulT)."""
 
@@ -1861,7 +1862,7 @@ class AttentionFusion(EarlyFusion):
     attends = True
 
 
-# %% 12. Training and inference
+# %% 13. Training and inference
 EVERY = "seed", "sampling_rate", "trim_db", "clip_seconds", "hop_length"  # what every training depends on
 TRAINING = "batch_size", "weight_decay", "dropout", "label_smoothing", "ema_decay"  # those in epochs too
 
@@ -2073,7 +2074,7 @@ def differences(old, new):
     return ", ".join(f"{key} {change if key in readable else 'changed'}" for key, change in changed.items())
 
 
-# %% 13. Systems: whoever answers
+# %% 14. Systems: whoever answers
 def mean_of(probabilities, weights):
     """Late fusion: the mean of the probabilities (P, N, C) of the parts: (N, C)."""
     return probabilities.mean(axis=0)
@@ -2153,7 +2154,7 @@ def reads_words(name):
     return not inputs_of(name) <= SOUND
 
 
-# %% 14. Checkpoints: a training is one file
+# %% 15. Checkpoints: a training is one file
 # `log_probs` (V, W, C) are those of every view and window of train, validation and test, uncalibrated;
 # `windows` says clip, split, emotion, voice and digest of each. So temperatures, fusion weights and tables
 # are made anew from checkpoints alone, in seconds.
@@ -2324,7 +2325,7 @@ def encoder_of(checkpoints):
     return next(filter(None, keys), "")
 
 
-# %% 15. Calibration and prediction: the one way from clips to probabilities
+# %% 16. Calibration and prediction: the one way from clips to probabilities
 def validation_of(checkpoints):
     """(windows, log-probabilities of each system, labels of the clips) of the validation split."""
     # All checkpoints of a run hold log-probabilities of the same windows in the same order.
@@ -2454,7 +2455,7 @@ def with_ensembles(table, classes):
     return pd.concat(tables, ignore_index=True)
 
 
-# %% 16. Figures: all of them are groups of the one long table of predictions
+# %% 17. Figures: all of them are groups of the one long table of predictions
 @dataclass(frozen=True, eq=False)  # so that figures can be kept for it
 class Results:
     """All that tables, plots and report are made of: what a run writes, and --phase report reads back.
@@ -2721,7 +2722,7 @@ def plural(n, noun):
     return f"{n} {noun}" + "s" * (n != 1)
 
 
-# %% 17. Files
+# %% 18. Files
 @contextlib.contextmanager
 def replacing(path):
     """A temporary path beside `path` that takes its place when the block ends well: whole or not at all."""
@@ -2865,7 +2866,7 @@ def fetch_archive(folder):
                         "or get the corpus another way and name its folder with --ravdess-path") from error
 
 
-# %% 18. Plots
+# %% 19. Plots
 def save_figure(figure, path, caveats, title="", words=True):
     """Save a figure with its title and caveats above, show it in a notebook, close it.
 
@@ -3026,7 +3027,7 @@ def draw_plots(results):
         plot_curves(results)
 
 
-# %% 19. Report
+# %% 20. Report
 REPORT = "emotion_recognition_report.docx"
 FIT = "train acc,val UAR,val NLL,NLL,ECE,if perfect".split(",")  # these make a table of their own
 # The report, paragraph by paragraph. `name | text` stands where parts_of has something of that name: a table
@@ -3248,7 +3249,7 @@ def word_element(tag):
     return parse_xml(f"<w:{tag} {ns.nsdecls('w')}/>")
 
 
-# %% 20. Prediction on one's own recordings
+# %% 21. Prediction on one's own recordings
 NO_SPEECH = "no speech"
 RECORDINGS = {*AUDIO_SUFFIXES, *".m4a .aac .opus .aif .aiff .au .caf .wma .webm .mp4".split()}
 # Settings that shape no training.
@@ -3298,19 +3299,35 @@ def refuse_contradictions(cfg, saved, encoder, where):
                 "train with --phase all": not same})
 
 
-SHIPPED = "archive"  # beside this file: the folder of a SpeechEncoder that was trained on all of RAVDESS
-NOISE = 0.5  # more than this of Whisper's no-speech probability is no speech: chosen on RAVDESS's clips
+# Beside this file lies a SpeechEncoder that archive/head.py trained on all of RAVDESS.
+SHIPPED, SHIPPED_NAME = "archive", f"{SYSTEMS['speech'].file}_best.pth"
+# A recording is no speech when Whisper's no-speech probability is above this. Clips of RAVDESS and synthetic
+# music and noise lie on either side: see archive/RESULTS.md.
+NOISE = 0.5
 
 
 def folder_of_models(cfg):
     """OUTPUT_DIR, or that of the SpeechEncoder which comes with this file, if none is trained or named."""
-    folder, name = Path(cfg.output_dir), SYSTEMS["speech"].file + "_best.pth"
-    if "output_dir" in cfg.given or any(folder.rglob("*_best.pth")):
+    folder = Path(cfg.output_dir)
+    # That of the demo, one folder further down, is not meant.
+    trained = [*folder.glob("*_best.pth"), *folder.glob("fold_*/*_best.pth")]
+    if trained or "output_dir" in cfg.given:
         return folder
     shipped = Path(globals().get("__file__", "")).parent / SHIPPED
-    refuse({f"{folder} holds no trained model, and {shipped / name}, which comes with this file, is not "
-            f"there: fetch it, or {TRAIN_AGAIN}": not (shipped / name).exists()})
+    refuse({f"{folder} holds no trained model, and {shipped / SHIPPED_NAME}, which comes with this file, is "
+            f"not there: fetch it, or {TRAIN_AGAIN}": not (shipped / SHIPPED_NAME).exists()})
     return shipped
+
+
+def judge(checkpoints, calibration, cfg):
+    """(whose answer stands on top, confidences below which answers are unsure, by system), by validation."""
+    windows, log_probs, labels = validation_of(checkpoints)
+    answers = predict(log_probs, windows, calibration, cfg)
+    thresholds = {name: fit_threshold(part, labels) for name, part in answers.items()}
+    # Who hears and has the least NLL, which is steadier than UAR; unless all of them read words.
+    hearing = [name for name in answers if not reads_words(name)] or [*checkpoints]
+    right = {name: answers[name][np.arange(len(labels)), labels] for name in hearing}
+    return max(hearing, key=lambda name: np.log(right[name].clip(1e-7)).mean()), thresholds
 
 
 class Predictor:
@@ -3331,14 +3348,7 @@ class Predictor:
         self.calibration = calibrate(self.checkpoints, cfg)
         self.caveats = caveats_of_models(self.checkpoints)
 
-        # On top stands who hears and was best on validation, unless all read words.
-        windows, log_probs, labels = validation_of(self.checkpoints)
-        answers = predict(log_probs, windows, self.calibration, cfg)
-        self.thresholds = {name: fit_threshold(part, labels) for name, part in answers.items()}
-        hearing = [name for name in answers if not reads_words(name)] or [*self.checkpoints]
-        losses = {name: -np.log(answers[name][np.arange(len(labels)), labels].clip(1e-7)).mean()
-                  for name in hearing}
-        self.first = min(losses, key=losses.get)
+        self.first, self.thresholds = judge(self.checkpoints, self.calibration, cfg)
 
         # What a training depends on is as that training had it, other settings as the last one.
         *_, last = self.checkpoints.values()
@@ -3550,7 +3560,7 @@ def print_answer(lines, classes):
         print(f"  Over time: {first['over_time']} and .png beside it")
 
 
-# %% 21. The demo
+# %% 22. The demo
 DEMO_VOICES = {  # pitch in semitones, syllables a second, strengths of harmonics 1, 3 and 7
     "neutral": (0, 4.0, 1.0, 0.5, 0.1),
     "calm": (-3, 2.5, 1.0, 0.1, 0.0),
@@ -3633,7 +3643,7 @@ def write_demo(cfg):
                 write_demo_whisper(cfg.whisper_model)
 
 
-# %% 22. The phases and main
+# %% 23. The phases and main
 def describe_corpus(corpus):
     """What was found, used and left out, as a list of sentences; left_out.csv has the rest."""
     clips, left_out = corpus.clips, corpus.left_out
@@ -3904,18 +3914,22 @@ def results_of(trained, clips_of):
         answers = predict(log_probs, windows, calibration[str(key)], run)
         tables.append(predictions_table(answers, clips, classes_of(clips), **key))
         for name, checkpoint in checkpoints.items():
-            # Frozen parts are not trained, and what normalisation counts is no parameter.
-            sizes = [tensor.numel() for part, tensor in checkpoint.weights.items()
-                     if not re.search("^encoders|running_|_tracked", part)]
-            if checkpoint.history:
-                history = pd.DataFrame(checkpoint.history)
-                histories.append(history.assign(system=name, parameters=sum(sizes), **key))
+            history = pd.DataFrame(checkpoint.history)
+            histories.append(history.assign(system=name, parameters=parameters_of(checkpoint), **key))
     return {
         "table": with_ensembles(pd.concat(tables, ignore_index=True), classes_of(clips)),
-        "histories": pd.concat(histories or [pd.DataFrame(columns=["system"])]),
+        # What is solved at once has none; an empty table would make floats of epochs.
+        "histories": pd.concat([table for table in histories if len(table)] or histories),
         "caveats": list(dict.fromkeys(caveats)),
         "calibration": calibration,
         "encoder": encoder_of(checkpoints)}
+
+
+def parameters_of(checkpoint):
+    """How many parameters were trained: not those of frozen parts, nor what normalisation counts."""
+    sizes = [tensor.numel() for part, tensor in checkpoint.weights.items()
+             if not re.search("^encoders|running_|_tracked", part)]
+    return sum(sizes)
 
 
 def report_phase(cfg):
@@ -4037,7 +4051,7 @@ def main(argv=None):
         phases.get(cfg.phase, train_phase)(cfg)
 
 
-# %% 23. Run
+# %% 24. Run
 if __name__ == "__main__":
     try:
         main()
