@@ -2978,7 +2978,7 @@ def plot_coverage(results):
         plt.plot(100 * shares, 100 * np.array(uars), label=results.titles[name])
     plt.xlabel("answered in %")
     plt.ylabel("UAR in %")
-    figure.legend(loc="outside right upper", fontsize=7)
+    plt.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=7)
     save_plot(figure, results, "coverage", "UAR of the most confident answers")
 
 
