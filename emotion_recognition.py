@@ -3976,7 +3976,7 @@ def shared_emotions(corpus, classes, cfg):
 
 def caveats_elsewhere(predictor, corpus, cfg):
     """What every page must say of trained models on another corpus, also which clips they know, by bytes."""
-    windows = pd.DataFrame(predictor.checkpoints[predictor.first].windows).query("split != 'test'")
+    windows = pd.DataFrame(next(iter(predictor.checkpoints.values())).windows).query("split != 'test'")
     known = sum(corpus.clips["digest"].isin(windows["digest"]))
     caveats = holding({
         f"models of {cfg.output_dir} on another corpus": True,
