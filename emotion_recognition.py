@@ -1234,7 +1234,7 @@ def transformer_states(extractor, module, places, samples):
     if module.config.model_type == "audio-spectrogram-transformer":  # which has one length
         options = {}
     if places is not None:  # two frames a step
-        options["pad_to_multiple_of"] = 2 * extractor.hop_length
+        options = {"padding": True, "pad_to_multiple_of": 2 * extractor.hop_length}
     inputs = extractor(samples, sampling_rate=extractor.sampling_rate, return_tensors="pt", **options)
     if places is not None:  # as many as there are steps, or it refuses them
         steps = inputs["input_features"].shape[2] // 2
