@@ -3125,6 +3125,8 @@ pairs | Paired differences in pooled UAR, in points, with the ends of their 95 %
 
 confusion_Audio* | Test clips in % of their true emotion, and how many.
 
+confusion_Speech* | Test clips in % of their true emotion, and how many.
+
 confusion_Text* | Test clips in % of their true emotion, and how many.
 
 confusion_*Fusion* | Test clips in % of their true emotion, and how many.
