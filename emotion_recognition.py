@@ -1235,7 +1235,7 @@ def transformer_states(extractor, module, places, samples):
     if module.config.model_type == "audio-spectrogram-transformer":  # which has one length
         options = {}
     if places is not None:  # two frames a step
-        options["pad_to_multiple_of"] = 2 * extractor.hop_length
+        options = {"padding": True, "pad_to_multiple_of": 2 * extractor.hop_length}
     inputs = extractor(samples, sampling_rate=extractor.sampling_rate, return_tensors="pt", **options)
     if places is not None:  # as many as there are steps, or it refuses them
         steps = inputs["input_features"].shape[2] // 2
@@ -3126,6 +3126,8 @@ pairs | Paired differences in pooled UAR, in points, with the ends of their 95 %
 
 confusion_Audio* | Test clips in % of their true emotion, and how many.
 
+confusion_Speech* | Test clips in % of their true emotion, and how many.
+
 confusion_Text* | Test clips in % of their true emotion, and how many.
 
 confusion_*Fusion* | Test clips in % of their true emotion, and how many.
@@ -3990,7 +3992,7 @@ def shared_emotions(corpus, classes, cfg):
 
 def caveats_elsewhere(predictor, corpus, cfg):
     """What every page must say of trained models on another corpus, also which clips they know, by bytes."""
-    windows = pd.DataFrame(predictor.checkpoints[predictor.first].windows).query("split != 'test'")
+    windows = pd.DataFrame(next(iter(predictor.checkpoints.values())).windows).query("split != 'test'")
     known = sum(corpus.clips["digest"].isin(windows["digest"]))
     caveats = holding({
         f"models of {cfg.output_dir} on another corpus": True,
