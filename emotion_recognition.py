@@ -904,8 +904,8 @@ def load_whisper(name, device):
     try:
         return whisper, whisper.load_model(name, device=place)
     except Exception as error:  # no such name, no network, or a file that is something else
-        raise UserError(f"--whisper-model {name} cannot be loaded ({type(error).__name__}): "
-                        f"name a Whisper checkpoint, or {WITHOUT_WHISPER}") from error
+        raise UserError(f"--whisper-model {name} cannot be loaded ({type(error).__name__}): name the file "
+                        f"of a Whisper checkpoint, or {WITHOUT_WHISPER}") from error
 
 
 def whisper_file(name):

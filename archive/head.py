@@ -2,8 +2,8 @@
 
     python archive/head.py [flags of the script, such as --ravdess-path FOLDER]
 
-Writes archive/SpeechEncoder_best.pth, which `python emotion_recognition.py --input me.wav` answers with where
-nothing was trained. Its temperature and the threshold of "unsure" come from leave-one-actor-out: each actor is
+Writes archive/SpeechEncoder_best.pth, with which `python emotion_recognition.py --input me.wav` answers where
+nothing was trained. Temperature and threshold of "unsure" come from leave-one-actor-out: each actor is
 heard by a head that was fitted on the 23 others, and the UAR of these answers is printed. Features lie in
 OUTPUT_DIR/cache. The head names Whisper's encoder by the digest of its weights and does not hold them.
 """
