@@ -3088,6 +3088,9 @@ corpus | Features: log-mel spectrograms of {n_mels} bands from 50 Hz to half of 
 windows of {n_fft} samples, {hop_length} samples apart. Silent ends {trim_db} dB below a clip's own peak are
 cut off, and {clip_seconds} s in the middle are heard.
 
+speech | SpeechEncoder: logistic regression (C = {speech_c}) on the time means of all layers of a frozen encoder,
+{speech_encoder} ({whisper_model}), standardised; clips at three speeds, in noise and through a telephone.
+
 words | Words: sentences are cut after {max_tokens} words or word pieces, and a share of {word_dropout} is
 hidden in training.
 
@@ -3171,6 +3174,7 @@ def parts_of(results):
         "audit": "\n".join(config["audit"]),
         "caveats": "; ".join(config["caveats"]),
         "words": any(map(reads_words, bootstrap(results))),
+        "speech": "speech" in bootstrap(results),
         "ravdess": not config["settings"]["manifest"],
         "results": table.drop(columns=FIT, errors="ignore"),
         "fit": table.filter(["system", *FIT]),

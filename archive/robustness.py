@@ -53,7 +53,6 @@ CHANGES = {  # of samples (n,) at `rate` Hz, at which they stay, but for those a
     "high-pass, 50 Hz": lambda x, rate: band(x, rate, 50, np.inf),
     "low-pass, 7500 Hz": lambda x, rate: band(x, rate, 0, 7500),
     "white noise, 30 dB": lambda x, rate: x + noise(x, rate, 30),
-    # Large ones, as in bad recordings.
     "8 kHz": lambda x, rate: er.soxr.resample(x, rate, 8000),
     "telephone, 300-3400 Hz": lambda x, rate: band(x, rate, 300, 3400),
     "-40 dB in 16 bits": lambda x, rate: np.round(x * 10 ** (-40 / 20) * 32768) / 32768,
@@ -69,7 +68,6 @@ CHANGES = {  # of samples (n,) at `rate` Hz, at which they stay, but for those a
 
 def find_clips(source, predictor, count):
     """`count` clips of a folder or table, of the test split if any are, with their `split` in training."""
-    # Features as in training, all else as the corpus has it.
     cfg = predictor.cfg._replace(ravdess_path=source, manifest=source * source.endswith(".csv"), folds="0",
                                  given=("ravdess_path",), runs=1, leave_out="", use_simulated_sentences=False)
     clips = er.read_corpus(cfg).clips.drop(columns=er.FEATURES)
@@ -82,7 +80,6 @@ def find_clips(source, predictor, count):
     clips["split"] = clips["digest"].map(by_digest).fillna(clips["clip"].map(by_name)).fillna("unknown")
     if "test" in set(clips["split"]):
         clips = clips[clips["split"] == "test"]
-    # A clip of every emotion by every actor, then another one.
     turns = clips.groupby(["emotion", "actor"], observed=True).cumcount()
     return clips.iloc[np.argsort(turns, kind="stable")[:count]]
 
@@ -107,8 +104,8 @@ def show(answers, classes):
     said = answers.pivot(index="clip", columns="change", values="predicted").replace(er.NO_SPEECH, np.nan)
     table.insert(0, "unchanged", said.eq(said["none"], axis=0).mean())
     table[er.NO_SPEECH] = said.isna().sum()
-    texts = table.to_string(formatters=dict.fromkeys(["unchanged", "uar"], er.percent), float_format="%.3f")
-    print("", answers.index[0], texts, sep="\n")
+    table[["unchanged", "uar"]] = table[["unchanged", "uar"]].map(er.percent)
+    print("", answers.index[0], table.to_string(float_format="%.3f"), sep="\n")
 
     clean = answers.query("change == 'none'")
     if set(clean.get("sex", ())) == {"female", "male"}:
@@ -126,9 +123,12 @@ def main(argv):
     parser.add_argument("folder", help="OUTPUT_DIR of trained models")
     parser.add_argument("corpus", help="folder of RAVDESS, or a table of clips")
     parser.add_argument("--clips", type=int, default=150, help="how many (default: 150)")
+    parser.add_argument("--no-gate", action="store_true", help="ask no speech gate: Whisper's is slow")
     parser.add_argument("--system", help="such as cnn (default: all that hear)")
     asked = parser.parse_args(argv)
     predictor = er.Predictor(asked.folder)
+    if asked.no_gate:
+        predictor.gate = lambda clip, windows: (True, "")
     names = [name for name in predictor.thresholds if not er.reads_words(name)]
     er.refuse({f"--clips {asked.clips} is less than 1": asked.clips < 1,
                f"--system {asked.system} is none of {', '.join(names)}": asked.system not in [*names, None]})
