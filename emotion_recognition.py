@@ -2314,7 +2314,8 @@ def train_system(cfg, name, clips, corpus, device):
 def caveats_of_models(checkpoints):
     """What every page must say of the models in {system: Checkpoint}; "trained by other code" among it."""
     caveats = {caveat: None for checkpoint in checkpoints.values() for caveat in checkpoint.caveats}
-    edited = any(code_of(name) not in ("", checkpoint.fingerprint["code"])
+    # In a notebook code has no key.
+    edited = any(len({code_of(name), checkpoint.fingerprint["code"]} - {""}) > 1
                  for name, checkpoint in checkpoints.items())
     return [*caveats, *["trained by other code"] * edited]
 

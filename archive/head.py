@@ -47,12 +47,13 @@ def main(argv):
     log_probs = leave_one_actor_out(clips, windows, cfg, device)
     model = fit_head(clips, [], cfg, device)
 
-    # Settings as the file has them: where clips and weights lie on this machine is nobody's business.
+    # Settings as the file has them: where clips and weights lie on this machine is nobody's business. Code has
+    # another key in each version of Python, so it has none here.
     public = er.parse_settings([])._replace(speech_c=cfg.speech_c)
     traits = windows[["clip", "split", "emotion", "voiced", "digest"]].astype({"emotion": str})
     checkpoint = er.Checkpoint(
         "speech", model.spec, model.state_dict(), er.classes_of(clips), "", (CAVEAT,), public._asdict(),
-        er.fingerprint_of(cfg, "speech", clips), [], traits.to_dict("list"), log_probs)
+        er.fingerprint_of(cfg, "speech", clips) | {"code": ""}, [], traits.to_dict("list"), log_probs)
     with er.replacing(TARGET) as temporary:
         torch.save(checkpoint._asdict(), temporary)
 
