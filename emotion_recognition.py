@@ -3089,8 +3089,9 @@ corpus | Features: log-mel spectrograms of {n_mels} bands from 50 Hz to half of 
 windows of {n_fft} samples, {hop_length} samples apart. Silent ends {trim_db} dB below a clip's own peak are
 cut off, and {clip_seconds} s in the middle are heard.
 
-speech | SpeechEncoder: logistic regression (C = {speech_c}) on the time means of all layers of a frozen encoder,
-{speech_encoder} ({whisper_model}), standardised; clips at three speeds, in noise and through a telephone.
+speech | SpeechEncoder: logistic regression (C = {speech_c}) on the time means of all layers of a frozen
+encoder, {speech_encoder} ({whisper_model}), standardised; clips at three speeds, in noise and through a
+telephone.
 
 words | Words: sentences are cut after {max_tokens} words or word pieces, and a share of {word_dropout} is
 hidden in training.

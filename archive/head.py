@@ -47,8 +47,8 @@ def main(argv):
     log_probs = leave_one_actor_out(clips, windows, cfg, device)
     model = fit_head(clips, [], cfg, device)
 
-    # Settings as the file has them: where clips and weights lie on this machine is nobody's business. Code has
-    # another key in each version of Python, so it has none here.
+    # Settings as the file has them: where clips and weights lie on this machine is nobody's business. Code
+    # has another key in each version of Python, so it has none here.
     public = er.parse_settings([])._replace(speech_c=cfg.speech_c)
     traits = windows[["clip", "split", "emotion", "voiced", "digest"]].astype({"emotion": str})
     checkpoint = er.Checkpoint(
