@@ -1249,7 +1249,8 @@ def disturbed(samples, rate, kind):
     """Samples (n,) as they are (""), in noise 5 to 25 dB below them, or as a telephone carries them."""
     from scipy.signal import butter, sosfilt
     if kind == "telephone":
-        return sosfilt(butter(8, (300, 3400), "bandpass", fs=rate, output="sos"), samples)
+        high = min(3400, 0.45 * rate)
+        return sosfilt(butter(8, (300, high), "bandpass", fs=rate, output="sos"), samples)
     if kind == "noise":
         # The same clip has the same noise each time: white, or falling from some frequency on.
         rng = np.random.default_rng(zlib.crc32(samples))
@@ -1278,7 +1279,8 @@ def speech_features(samples, view, encoder, cfg, device):
     # Each clip by itself: no answer depends on what else is asked.
     features = encoder.states(heard).float().mean(dim=1).flatten().cpu().numpy()
     if cfg.phase != "predict":
-        with replacing(path) as temporary:
+        # Runs share the cache, and two may be at the same clip.
+        with filelock.FileLock(cfg.cache / ".lock"), replacing(path) as temporary:
             np.save(temporary, features)
     return features
 
@@ -1636,8 +1638,8 @@ class SpeechEncoder(Encoder):
         batches = []
         for dataset.view in views:
             batches += with_bar(batches_of(dataset, 64), "listening")
-        speech = torch.cat([batch["speech"] for batch in batches])
-        self.deviation, self.mean = torch.std_mean(speech, dim=0)
+        deviation, self.mean = torch.std_mean(torch.cat([batch["speech"] for batch in batches]), dim=0)
+        self.deviation = deviation.clamp(min=1e-6)  # some features of some encoders never change
         return batches
 
     def features(self, batch):
