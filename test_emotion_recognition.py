@@ -3352,6 +3352,22 @@ def test_reliability_shows_no_bin_of_fewer_than_five_clips(copied, drawn):
         assert np.allclose(np.reshape(shown, (-1, 2)), 100 * kept[["confidence", "right"]])
 
 
+def test_coverage_withholds_the_least_confident_answers_first(copied, drawn):
+    results = er.read_results(OUTPUT)
+    er.plot_coverage(results)
+    axis, = drawn["coverage"].axes
+    lines = {line.get_label(): line.get_xydata() for line in axis.lines}
+    assert list(lines) == list(results.titles.values())
+    for name, part in results.test.groupby("system"):
+        order = np.argsort(-part[er.EMOTIONS].max(axis=1).to_numpy(), kind="stable")
+        points = dict(lines[results.titles[name]].round(6).tolist())
+        assert list(points)[::6] == [10, 40, 70, 100]
+        assert points[100] == pytest.approx(100 * uar(part))
+        confidence = part[er.EMOTIONS].max(axis=1).iloc[order]
+        if confidence.iloc[15] > confidence.iloc[16]:  # no tie
+            assert points[50] == pytest.approx(100 * uar(part.iloc[order[:16]]))
+
+
 def test_the_comparison_sets_sound_apart_from_oracle_text(copied, drawn):
     results = er.read_results(OUTPUT)
     er.plot_comparison(results)
@@ -5122,7 +5138,7 @@ def test_the_command_of_an_evaluation_repeats_it(evaluated):
     assert again.manifest == evaluated.config["settings"]["manifest"]
 
 
-def test_an_evaluation_changes_nothing_and_writes_into_its_own_folder_and_the_cache(scored, finished, monkeypatch):
+def test_an_evaluation_writes_into_its_own_folder_and_the_cache_alone(scored, finished, monkeypatch):
     monkeypatch.chdir(finished)
     before = contents(OUTPUT)
     monkeypatch.chdir(scored)
@@ -6271,12 +6287,15 @@ def test_adapting_hears_other_speakers_and_no_labels(listened, monkeypatch):
     turned = abroad.assign(emotion=pd.Categorical.from_codes(1 - emotions.codes, er.EMOTIONS[:2]))
     assert torch.equal(er.adapted(turned, checkpoint, cfg, "cpu"), er.adapted(abroad, checkpoint, cfg, "cpu"))
 
-    # A speaker's own clips do not move the answers to them.
-    samples = [wave * (50 if actor == 3 else 1) for wave, actor in zip(abroad["samples"], abroad["actor"])]
-    one = er.adapted(abroad.assign(samples=samples), checkpoint, cfg, "cpu")
-    same = (abroad["actor"] == 3).to_numpy()
-    moved = er.infer(model, windows.assign(samples=samples)[same], cfg, "cpu")
-    assert one[:, same].shape == moved.shape
+    # One clip that is louder still moves the answers to other speakers, and none to its own.
+    plain = er.adapted(abroad, checkpoint, cfg, "cpu")
+    first = abroad.index == 16  # of speaker 3
+    samples = [wave * (50 if louder else 1) for wave, louder in zip(abroad["samples"], first)]
+    moved = er.adapted(abroad.assign(samples=samples), checkpoint, cfg, "cpu")
+    own = torch.tensor((abroad["actor"] == 3) & ~first)
+    others = torch.tensor(abroad["actor"] != 3)
+    assert torch.equal(moved[:, own], plain[:, own])
+    assert not torch.allclose(moved[:, others], plain[:, others], atol=1e-2)
 
 
 def test_evaluate_shows_speech_plain_and_adapted(copied, unpublished):
@@ -6295,6 +6314,24 @@ def test_shares_of_answers_stand_beside_those_of_the_clips(output):
     assert table.loc["there"].tolist() == ["12.5 %"] * 8
     first = results.test[results.test["system"] == "cnn"]["predicted"].value_counts(normalize=True)
     assert table.loc["AudioCNN"].tolist() == [er.percent(first.get(emotion, 0)) for emotion in er.EMOTIONS]
+    lines = table_in(output / DOCUMENT.name, "sad", "How often each emotion is named")
+    assert lines[er.EMOTIONS].to_numpy().tolist() == table.to_numpy().tolist()
+
+
+def test_the_setting_of_speech_and_its_encoder_train_it_anew_and_those_of_networks_do_not(demo):
+    cfg, clips = demo
+    other = cfg._replace(speech_c=1.0)
+    assert er.stale_because(other, "speech", clips) == "speech_c 0.003 -> 1.0"
+    assert er.stale_because(other, "cnn", clips) == ""
+    networks = {f"epochs_{suffix}": 9 for suffix in ("cnn", "rnn", "bert", "fusion")}
+    assert er.stale_because(cfg._replace(batch_size=7, mixup=0.0, **networks), "speech", clips) == ""
+
+    content = torch.load(cfg.whisper_model, weights_only=True)
+    content["model_state_dict"]["encoder.conv1.bias"] += 1
+    torch.save(content, "other.pt")
+    another = cfg._replace(whisper_model="other.pt")
+    assert er.stale_because(another, "speech", clips) == "speech encoder changed"
+    assert er.stale_because(another, "cnn", clips) == ""
 
 
 # %% Notebook
@@ -6677,6 +6714,8 @@ ONE_SENTENCE = {  # what is wrong: (command line, what the sentence must name, h
                       lambda _: Path("s.csv").write_text("a,b\n1,2\n")),
     "no Whisper": (f"{WHISPER} base", "whisper does not load|pip install openai-whisper", missing("whisper")),
     "no such Whisper": (f"{WHISPER} no-such", "--whisper-model no-such cannot be loaded|checkpoint"),
+    "Whisper out of reach": (
+        f"{OWN} --run-models speech", "--whisper-model base cannot be loaded (URLError)|--whisper-model"),
     "Whisper of text": (f"{WHISPER} a.pt", "--whisper-model a.pt", lambda _: touch(".", "a.pt")),
     "Whisper of others": (f"{WHISPER} a.pt", "--whisper-model a.pt", lambda _: torch.save({"a": 1}, "a.pt")),
     "transcripts cut": (KEPT, f"{TRANSCRIPTS}|not readable|delete it",
