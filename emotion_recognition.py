@@ -899,7 +899,7 @@ def load_whisper(name, device):
     """(module, model) of --whisper-model, a name (downloaded once) or a checkpoint file. Raises UserError."""
     whisper = load_package("whisper", f"pip install openai-whisper, or {WITHOUT_WHISPER}")
     place = {"cuda": "cuda"}.get(device, "cpu")  # Whisper lacks operations of MPS
-    if not whisper_file(name).exists():
+    if name in whisper.available_models() and not whisper_file(name).exists():
         print(f"Whisper {name} is fetched, once (base: 147 MB)", file=sys.stderr)
     try:
         return whisper, whisper.load_model(name, device=place)

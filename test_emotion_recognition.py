@@ -65,9 +65,9 @@ DEMO = ["--demo", *TINY, "--fusion", "both"]
 CORPUS, ENCODER, OUTPUT = Path("archive/demo/corpus"), Path("archive/demo/distilbert"), Path("outputs/demo")
 SIX_ACTORS = functools.partial(er.write_demo_corpus, actors=range(1, 7))
 DEMO_WHISPER = Path("archive/demo/whisper.pt")
-SCORED = [name for name, system in er.SYSTEMS.items() if system.kind is not er.ensemble]  # by --phase evaluate
+SCORED = [name for name, system in er.SYSTEMS.items() if system.kind is not er.ensemble]  # by an evaluation
 SHOWN = [name for name in SCORED if name != "speech_adapted"]  # by a single run
-SOUND = ["cnn", "speech", "late_speech", "learned_speech"]  # who reads no words
+WORDLESS = ["cnn", "speech", "late_speech", "learned_speech"]  # who reads no words
 IN_EPOCHS = [name for name in er.TRAINED if name != "speech"]  # whose head is solved at once
 RATE = 16000
 
@@ -2095,7 +2095,7 @@ def test_all_that_runs_while_a_model_is_trained_counts_as_its_code(name, demo, m
     kind = er.SYSTEMS[name].kind
 
     def training():
-        if name in SOUND:
+        if name in WORDLESS:
             er.load_clip(clips["path"][0], cfg)
         own = cfg._replace(output_dir="new")  # where no features are cached
         er.train(kind, {}, clips, own, "cpu", Path("state.pth"), {})
@@ -2622,7 +2622,7 @@ def test_only_systems_that_read_simulated_sentences_are_called_oracles(output):
     titles = config_of(output)["titles"]
     assert list(titles) == SHOWN
     for name, title in titles.items():
-        assert ("oracle" in title) == (name not in SOUND)
+        assert ("oracle" in title) == (name not in WORDLESS)
 
 
 @pytest.mark.parametrize("name", SHOWN)
@@ -2683,15 +2683,20 @@ def test_one_file_per_training_holds_the_answers_of_all_its_views(name, views, o
     assert np.allclose(saved, logits.softmax(dim=1), atol=1e-5)
 
 
-@pytest.mark.parametrize("name", er.TRAINED)
+@every_network
 def test_one_file_per_training_holds_its_history(name, output):
     histories = pd.read_csv(output / "histories.csv")
     saved = histories[histories["system"] == name]
     checkpoint = checkpoint_of(name, output)
     history = pd.DataFrame(checkpoint["history"])
-    assert len(history) == len(saved) == (name in IN_EPOCHS)
+    assert len(history) == 1
     saved = saved[list(history)].reset_index(drop=True)
     pd.testing.assert_frame_equal(saved, history, atol=1e-6)
+
+
+def test_what_is_solved_at_once_has_no_history(output):
+    assert checkpoint_of("speech", output)["history"] == []
+    assert "speech" not in set(pd.read_csv(output / "histories.csv")["system"])
 
 
 REPORTED = [
@@ -3345,6 +3350,22 @@ def test_reliability_shows_no_bin_of_fewer_than_five_clips(copied, drawn):
         if results.titles[name] in axes:
             shown = axes[results.titles[name]].lines[0].get_xydata()
         assert np.allclose(np.reshape(shown, (-1, 2)), 100 * kept[["confidence", "right"]])
+
+
+def test_coverage_withholds_the_least_confident_answers_first(copied, drawn):
+    results = er.read_results(OUTPUT)
+    er.plot_coverage(results)
+    axis, = drawn["coverage"].axes
+    lines = {line.get_label(): line.get_xydata() for line in axis.lines}
+    assert list(lines) == list(results.titles.values())
+    for name, part in results.test.groupby("system"):
+        order = np.argsort(-part[er.EMOTIONS].max(axis=1).to_numpy(), kind="stable")
+        points = dict(lines[results.titles[name]].round(6).tolist())
+        assert list(points)[::6] == [10, 40, 70, 100]
+        assert points[100] == pytest.approx(100 * uar(part))
+        confidence = part[er.EMOTIONS].max(axis=1).iloc[order]
+        if confidence.iloc[15] > confidence.iloc[16]:  # no tie
+            assert points[50] == pytest.approx(100 * uar(part.iloc[order[:16]]))
 
 
 def test_the_comparison_sets_sound_apart_from_oracle_text(copied, drawn):
@@ -4265,7 +4286,7 @@ def test_an_answer_is_that_of_the_predictions_table(demo, finished):
     saved = saved.loc[names]
     assert list(saved["predicted"]) == list(answer["predicted"])
     assert np.allclose(answer[er.EMOTIONS], saved[er.EMOTIONS], atol=1e-5)
-    assert list(answer["note"]) == [ORACLE * (name not in SOUND) for name in names]
+    assert list(answer["note"]) == [ORACLE * (name not in WORDLESS) for name in names]
 
 
 @pytest.mark.parametrize(("suffix", "rate", "channels", "loudness"), [
@@ -4461,7 +4482,7 @@ def test_json_csv_and_console_are_views_of_one_table(broken, copied, capsys):
             share = line[line["predicted"]]
             assert line["predicted"] in shown
             assert f"{share:.1%}" in shown
-    assert shown.count(ORACLE) == len(SHOWN) - len(SOUND)
+    assert shown.count(ORACLE) == len(SHOWN) - len(WORDLESS)
     assert "synthetic demo corpus" in shown.splitlines()[-1]
 
 
@@ -4512,7 +4533,7 @@ def test_prediction_needs_nothing_but_checkpoints(copied):
     assert "##" in done.stdout
     names = [name for name in SHOWN if "speech" not in name]  # which needs Whisper's weights
     for name in names:
-        assert f"{TITLES[name]}" in done.stdout
+        assert TITLES[name] in done.stdout
     assert "SpeechEncoder" not in done.stdout
     assert done.stdout.count(ORACLE) == len(names) - 1
     warning, = done.stderr.splitlines()
@@ -4574,7 +4595,7 @@ def test_each_answer_says_what_its_own_words_were(copied):
     notes = answer_of_the_demo()["note"]
     without = notes[notes == ""]
     of_rnn = "rnn", "late_rnn", "learned_rnn", "late_speech_rnn", "learned_speech_rnn"
-    assert set(without.index) == answering([*SOUND, *of_rnn])
+    assert set(without.index) == answering([*WORDLESS, *of_rnn])
     assert set(notes) == {"", ORACLE}
 
 
@@ -5315,15 +5336,15 @@ def test_the_command_of_an_evaluation_repeats_it(evaluated):
     assert again.manifest == evaluated.config["settings"]["manifest"]
 
 
-def test_an_evaluation_changes_nothing_but_its_own_folder(scored, finished, monkeypatch):
+def test_an_evaluation_writes_into_its_own_folder_and_the_cache_alone(scored, finished, monkeypatch):
     monkeypatch.chdir(finished)
     before = contents(OUTPUT)
     monkeypatch.chdir(scored)
     after = contents(OUTPUT)
-    kept = [path for path in after if FOREIGN not in Path(path).parents]
-    assert sorted(kept) == sorted(before)
-    for path in kept:
+    for path in before:
         assert after[path] == before[path]
+    new = set(map(Path, after)) - set(map(Path, before))
+    assert {path.parents[0] for path in new if FOREIGN not in path.parents} == {OUTPUT / "cache"}
 
 
 def test_trained_models_are_scored_on_the_emotions_that_another_corpus_shares(evaluated):
@@ -5394,9 +5415,9 @@ def test_a_foreign_corpus_without_words_is_only_heard_as_in_training(copied, unp
     monkeypatch.setattr(er, "N_MELS", 32)
     results = evaluate()
     config = results.config
-    assert set(results.predictions["system"]) == {*SOUND, "speech_adapted"}
+    assert set(results.predictions["system"]) == {*WORDLESS, "speech_adapted"}
     assert config["settings"]["n_mels"] == 64
-    reading = set(SHOWN) - set(SOUND)
+    reading = set(SHOWN) - set(WORDLESS)
     assert config["not_run"] == dict.fromkeys(reading, "own/corpus.csv has no column transcript")
     assert "intervals draw single clips" in str(config["audit"])
 
@@ -5416,7 +5437,7 @@ def test_an_evaluation_anew_shows_nothing_of_the_one_before(copied, monkeypatch)
 
     import docx
     document = docx.Document(FOREIGN / "emotion_recognition_report.docx")
-    heard = {f"confusion_{er.SYSTEMS[name].file}" for name in (*SOUND, "speech_adapted")}
+    heard = {f"confusion_{er.SYSTEMS[name].file}" for name in (*WORDLESS, "speech_adapted")}
     plots = {path.stem for path in FOREIGN.glob("plots/*.png")}
     assert plots == {"comparison", "coverage", *heard}
     assert len(document.inline_shapes) == len(plots)
@@ -6055,8 +6076,8 @@ def test_whisper_hears_30_seconds_as_its_own_code_does(tiny_whisper, monkeypatch
         states = encoder.states(samples)
         assert torch.allclose(states[-1], expected[0], atol=1e-4)
         longer = encoder.states(np.resize(speech(), 40 * RATE))  # no more positions than that
-    assert longer.shape == states.shape == (3, 1500, 16)
-    assert encoder.states(samples[:2 * RATE]).shape == (3, 100, 16)
+    assert longer.shape == states.shape == (2, 1500, 16)
+    assert encoder.states(samples[:2 * RATE]).shape == (2, 100, 16)
 
 
 def test_an_encoder_is_known_by_its_weights(tiny_whisper):
@@ -6252,7 +6273,7 @@ def test_a_broken_speech_encoder_is_one_sentence(change, sentence, encoders):
 
 
 def test_an_encoder_of_words_cannot_hear(finished):
-    with pytest.raises(er.UserError, match="--speech-encoder .* cannot be loaded"):
+    with pytest.raises(er.UserError, match=r"--speech-encoder .* cannot be loaded"):
         encoder_of("--speech-encoder", str(finished / ENCODER))
 
 
@@ -6292,8 +6313,8 @@ def test_an_answer_is_unsure_below_the_threshold_of_its_system(predictor):
 
 def test_the_console_says_unsure(predictor, capsys):
     line = dict.fromkeys(er.EMOTIONS, 0.125) | {
-        "recording": "a.wav", "error": "", "predicted": "sad", "unsure": True, "model": "AudioCNN", "note": "",
-        "gate": "level", "text": None, "text_source": "--text", "over_time": ""}
+        "recording": "a.wav", "error": "", "predicted": "sad", "unsure": True, "model": "AudioCNN",
+        "note": "", "gate": "level", "text": None, "text_source": "--text", "over_time": ""}
     er.print_answer([line], er.EMOTIONS)
     assert "a.wav: sad (unsure)" in capsys.readouterr().out
 
@@ -6391,6 +6412,54 @@ def test_a_folder_that_is_named_is_not_replaced_by_the_model_that_comes_with_the
         er.main(["--input", str(written("a.wav", speech())), "--output-dir", "mistyped"])
 
 
+@pytest.fixture
+def head(monkeypatch):
+    """The script that trains the model which comes with the file; it writes that to shipped/."""
+    module = companion(SCRIPT.with_name("archive") / "head.py")
+    monkeypatch.setattr(module, "TARGET", Path("shipped/SpeechEncoder_best.pth").absolute())
+    return module
+
+
+def test_the_model_that_comes_with_the_file_is_made_actor_by_actor_and_says_nothing_of_a_machine(
+        finished, head, monkeypatch):
+    heard, asked, train, infer = {}, [], er.train, er.infer
+
+    def training(kind, parts, clips, *rest):
+        model, history = train(kind, parts, clips, *rest)
+        heard[model] = set(clips.loc[clips["split"] == "train", "actor"])
+        return model, history
+
+    def answering(model, windows, *rest):
+        asked.append((heard[model], set(windows["actor"])))
+        return infer(model, windows, *rest)
+
+    weights = str(finished / DEMO_WHISPER)
+    with monkeypatch.context() as patch:
+        patch.setattr(er, "train", training)
+        patch.setattr(er, "infer", answering)
+        head.main(["--ravdess-path", str(finished / CORPUS), "--whisper-model", weights, "--device", "cpu",
+                   "--output-dir", str(finished / OUTPUT), "--speech-c", "0.1"])
+
+    # Each actor is answered by a head that heard the five others; the last head hears all.
+    actors = {1, 2, 3, 4, 5, 6}
+    assert asked == [(actors - {actor}, {actor}) for actor in sorted(actors)]
+    assert [*heard.values()][-1] == actors
+    content = head.TARGET.read_bytes()
+    assert str(finished).encode() not in content
+    assert str(Path.home()).encode() not in content
+
+    checkpoint = er.read_checkpoint(config(output_dir="shipped"), "speech")
+    assert checkpoint.settings == er.parse_settings([])._replace(speech_c=0.1)._asdict()
+    assert set(checkpoint.windows["split"]) == {"validation"}
+    assert checkpoint.log_probs.shape == (3, 96, 8)
+    assert torch.isfinite(checkpoint.log_probs).all()
+    predictor = er.Predictor("shipped", whisper_model=weights)
+    answer = predictor.predict(speech(), RATE)
+    assert list(answer.index) == ["SpeechEncoder"]
+    assert answer["predicted"].iloc[0] in er.EMOTIONS
+    assert predictor.caveats == [head.CAVEAT]
+
+
 def test_adapting_hears_other_speakers_and_no_labels(listened, monkeypatch):
     rng = np.random.default_rng(0)
     emotions = pd.Categorical.from_codes(np.tile([0, 1], 20), er.EMOTIONS[:2])
@@ -6416,12 +6485,15 @@ def test_adapting_hears_other_speakers_and_no_labels(listened, monkeypatch):
     turned = abroad.assign(emotion=pd.Categorical.from_codes(1 - emotions.codes, er.EMOTIONS[:2]))
     assert torch.equal(er.adapted(turned, checkpoint, cfg, "cpu"), er.adapted(abroad, checkpoint, cfg, "cpu"))
 
-    # A speaker's own clips do not move the answers to them.
-    samples = [wave * (50 if actor == 3 else 1) for wave, actor in zip(abroad["samples"], abroad["actor"])]
-    one = er.adapted(abroad.assign(samples=samples), checkpoint, cfg, "cpu")
-    same = (abroad["actor"] == 3).to_numpy()
-    moved = er.infer(model, windows.assign(samples=samples)[same], cfg, "cpu")
-    assert one[:, same].shape == moved.shape
+    # One clip that is louder still moves the answers to other speakers, and none to its own.
+    plain = er.adapted(abroad, checkpoint, cfg, "cpu")
+    first = abroad.index == 16  # of speaker 3
+    samples = [wave * (50 if louder else 1) for wave, louder in zip(abroad["samples"], first)]
+    moved = er.adapted(abroad.assign(samples=samples), checkpoint, cfg, "cpu")
+    own = torch.tensor((abroad["actor"] == 3) & ~first)
+    others = torch.tensor(abroad["actor"] != 3)
+    assert torch.equal(moved[:, own], plain[:, own])
+    assert not torch.allclose(moved[:, others], plain[:, others], atol=1e-2)
 
 
 def test_evaluate_shows_speech_plain_and_adapted(copied, unpublished):
@@ -6440,6 +6512,24 @@ def test_shares_of_answers_stand_beside_those_of_the_clips(output):
     assert table.loc["there"].tolist() == ["12.5 %"] * 8
     first = results.test[results.test["system"] == "cnn"]["predicted"].value_counts(normalize=True)
     assert table.loc["AudioCNN"].tolist() == [er.percent(first.get(emotion, 0)) for emotion in er.EMOTIONS]
+    lines = table_in(output / DOCUMENT.name, "sad", "How often each emotion is named")
+    assert lines[er.EMOTIONS].to_numpy().tolist() == table.to_numpy().tolist()
+
+
+def test_the_setting_of_speech_and_its_encoder_train_it_anew_and_those_of_networks_do_not(demo):
+    cfg, clips = demo
+    other = cfg._replace(speech_c=1.0)
+    assert er.stale_because(other, "speech", clips) == "speech_c 0.003 -> 1.0"
+    assert er.stale_because(other, "cnn", clips) == ""
+    networks = {f"epochs_{suffix}": 9 for suffix in ("cnn", "rnn", "bert", "fusion")}
+    assert er.stale_because(cfg._replace(batch_size=7, mixup=0.0, **networks), "speech", clips) == ""
+
+    content = torch.load(cfg.whisper_model, weights_only=True)
+    content["model_state_dict"]["encoder.conv1.bias"] += 1
+    torch.save(content, "other.pt")
+    another = cfg._replace(whisper_model="other.pt")
+    assert er.stale_because(another, "speech", clips) == "speech encoder changed"
+    assert er.stale_because(another, "cnn", clips) == ""
 
 
 # %% Notebook
@@ -6822,6 +6912,8 @@ ONE_SENTENCE = {  # what is wrong: (command line, what the sentence must name, h
                       lambda _: Path("s.csv").write_text("a,b\n1,2\n")),
     "no Whisper": (f"{WHISPER} base", "whisper does not load|pip install openai-whisper", missing("whisper")),
     "no such Whisper": (f"{WHISPER} no-such", "--whisper-model no-such cannot be loaded|checkpoint"),
+    "Whisper out of reach": (
+        f"{OWN} --run-models speech", "--whisper-model base cannot be loaded (URLError)|--whisper-model"),
     "Whisper of text": (f"{WHISPER} a.pt", "--whisper-model a.pt", lambda _: touch(".", "a.pt")),
     "Whisper of others": (f"{WHISPER} a.pt", "--whisper-model a.pt", lambda _: torch.save({"a": 1}, "a.pt")),
     "transcripts cut": (KEPT, f"{TRANSCRIPTS}|not readable|delete it",
