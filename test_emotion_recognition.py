@@ -6155,6 +6155,20 @@ def test_listening_goes_on_where_it_was_stopped(listened, finished, unpublished,
     assert len(listened) == 2 * start + 1 + 3 * len(clips) + 2 * training
 
 
+def test_two_runs_may_hear_the_same_clip_at_once(listened):
+    encoder, cfg = encoder_of(), config()
+    samples = [np.roll(speech(), place) for place in range(20)] * 8
+
+    def features(wave):
+        return er.speech_features(wave, (1.0, ""), encoder, cfg, "cpu").tolist()
+
+    found = er.in_parallel(features, samples, "")
+    assert found == found[:20] * 8
+    names = {path.name for path in Path("outputs/cache").iterdir()} - {".lock"}
+    assert len(names) == 20
+    assert all(name.endswith(".npy") for name in names)
+
+
 def test_a_disk_that_fills_while_listening_is_one_sentence(listened, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -7564,6 +7578,20 @@ def test_features_and_digests_take_a_quarter_of_the_time_of_librosa(all_cores):
     print(f"\nfeatures: {1000 * ours / len(paths):.2f} ms a clip, librosa's loop "
           f"{1000 * theirs / len(paths):.2f} ms: {theirs / ours:.1f} times as fast")
     assert ours <= theirs / 4
+
+
+@pytest.mark.benchmark
+@pytest.mark.skipif("WHISPER_PATH" not in os.environ, reason="WHISPER_PATH names no Whisper base")
+def test_whispers_encoder_hears_ten_times_faster_than_real_time(all_cores):
+    cfg = config(phase="predict")
+    encoder = encoder_of("--whisper-model", os.environ["WHISPER_PATH"])
+    samples = np.resize(speech(), int(2.5 * RATE))
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        seconds, = seconds_of(lambda: er.speech_features(samples, (1.0, ""), encoder, cfg, "cpu"))
+        faster = 2.5 / seconds
+        print(f"\n{threads} threads: {1 / seconds:.0f} clips of 2.5 s a second, {faster:.0f} times real time")
+        assert faster > 10
 
 
 class OneByOne(torch.utils.data.Dataset):
