@@ -33,7 +33,7 @@ def leave_one_actor_out(clips, windows, cfg, device):
     log_probs = torch.empty(len(er.SpeechEncoder.views), len(windows), len(er.EMOTIONS))
     for actor in sorted(set(clips["actor"])):
         print(f"Without actor {actor}", flush=True)
-        own = (windows["actor"] == actor).to_numpy()
+        own = (windows["actor"] == actor).to_numpy(copy=True)
         log_probs[:, own] = er.infer(fit_head(clips, [actor], cfg, device), windows[own], cfg, device)
     return log_probs
 
