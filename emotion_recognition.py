@@ -891,7 +891,7 @@ def transcribe(clips, cfg, device):
     return clips.assign(transcript=keys.map(cache))
 
 
-WITHOUT_WHISPER = "go without: --run-models cnn,rnn,bert and simulated sentences, or --text"
+WITHOUT_WHISPER = "train without it: --run-models cnn,rnn,bert, simulated sentences"
 
 
 @functools.lru_cache(maxsize=1)
@@ -1181,8 +1181,9 @@ def encoder_digest(name):
 
 
 # %% 9. Speech features
-# A frozen encoder: states(samples (n,) at `rate` Hz) -> (K, T, D), those of K layers; a key of its weights.
-SpeechWeights = namedtuple("SpeechWeights", "states rate key")
+# A frozen encoder: states(samples (n,) at `rate` Hz) -> (K, T, D), those of K layers; `width` is K * D, `key`
+# says which weights.
+SpeechWeights = namedtuple("SpeechWeights", "states rate width key")
 SHORTEST = 0.4  # seconds that every encoder can hear; shorter windows are filled up with silence
 
 
@@ -1200,9 +1201,14 @@ def load_speech_encoder(name, whisper_model, device):
         module, rate = module.to(device), extractor.sampling_rate
         places = getattr(getattr(module, "embed_positions", None), "weight", None)
         states = functools.partial(transformer_states, extractor, module, places)
+    try:
+        layers, _, width = states(np.zeros(rate, np.float32)).shape
+    except Exception as error:  # networks for sound that are none of these
+        raise UserError(f"--speech-encoder {name} cannot be used ({type(error).__name__}): name another one, "
+                        "or go without: --run-models cnn,rnn,fusion_rnn") from error
     # By its weights, since the same ones come in several files.
     weights = (tensor.detach().cpu().numpy().tobytes() for tensor in module.parameters())
-    return SpeechWeights(states, rate, digest(*weights))
+    return SpeechWeights(states, rate, layers * width, digest(*weights))
 
 
 def load_extractor(transformers, name):
@@ -1216,7 +1222,7 @@ def whisper_states(whisper, model, samples):
     """States (K, T, D) of Whisper's encoder, 50 a second, of the clip alone, without padding to 30 s."""
     mel = whisper.log_mel_spectrogram(samples, model.dims.n_mels)[:, :3000].to(model.device)
     encoder = model.encoder
-    with faster(model.device.type):
+    with autocast(model.device.type):
         steps = F.gelu(encoder.conv1(mel[None]))
         steps = F.gelu(encoder.conv2(steps)).transpose(1, 2)  # (1, T, D)
         states = [steps + encoder.positional_embedding[:steps.shape[1]]]
@@ -1241,7 +1247,7 @@ def transformer_states(extractor, module, places, samples):
         steps = inputs["input_features"].shape[2] // 2
         module.config.max_source_positions = steps
         module.embed_positions = nn.Embedding.from_pretrained(places[:steps])
-    with faster(module.device.type):
+    with autocast(module.device.type):
         return torch.cat(module(**inputs.to(module.device), output_hidden_states=True).hidden_states)
 
 
@@ -1252,7 +1258,8 @@ def disturbed(samples, rate, kind):
         high = min(3400, 0.45 * rate)
         return sosfilt(butter(8, (300, high), "bandpass", fs=rate, output="sos"), samples)
     if kind == "noise":
-        # The same clip has the same noise each time: white, or falling from some frequency on.
+        # The same clip has the same noise each time: falling from some frequency on, so from rumble to nearly
+        # white.
         rng = np.random.default_rng(zlib.crc32(samples))
         corner = rate * 2.0 ** rng.uniform(-7, -1.1)
         noise = sosfilt(butter(1, corner, fs=rate, output="sos"), rng.standard_normal(len(samples)))
@@ -1265,12 +1272,14 @@ def disturbed(samples, rate, kind):
 def speech_features(samples, view, encoder, cfg, device):
     """Time means of all layers of a frozen encoder, (K * D,), of samples (n,) at SAMPLING_RATE.
 
-    What was computed once is read from the cache, which knows clip, view, encoder and precision by content.
+    What was computed once is read from the cache, which knows clip, view, encoder, precision and code by
+    content.
     """
     speed, disturbance = view
-    key = digest(samples.tobytes(), cfg.sampling_rate, view, encoder.key, str(training_precision(device)))
-    path = cfg.cache / f"{key}.npy"
-    with contextlib.suppress(OSError, ValueError, EOFError):  # not there, or cut off
+    code = code_from("speech_features", "load_speech_encoder")
+    how = cfg.sampling_rate, view, encoder.key, str(training_precision(device)), code
+    path = cfg.cache / f"{digest(samples.tobytes(), *how)}.npy"
+    with contextlib.suppress(OSError, ValueError, EOFError, zipfile.BadZipFile):  # not there, or cut off
         return np.load(path)
 
     heard = disturbed(samples, cfg.sampling_rate, disturbance)
@@ -1331,7 +1340,7 @@ class ClipDataset(Dataset):
             batch["mel"] = self.windows(rows)
         if "speech" in self.model.inputs:
             heard = [self.samples[row] for row in rows]
-            batch["speech"] = self.model.listen(heard, self.view, self.cfg, self.device)
+            batch["speech"] = self.model.encode(heard, self.view, self.cfg, self.device)
         if self.augment and self.cfg.mixup and "mixup" in self.model.settings:
             return mix(batch, self.classes, self.cfg.mixup)
         return batch
@@ -1458,12 +1467,12 @@ class Encoder(nn.Module):
     A subclass names the batch keys that it reads in `inputs`, the settings that its training depends on
     beside those of every training in `settings`, and the suffix of its own constants (EPOCHS_CNN) in
     `suffix`, and those that name pretrained weights in `pretrained`. It answers as the mean of its `views`.
-    It has a `head`, and defines `sequence(batch)`, steps of `step_width`, and `pool(sequence, mask)`,
-    features of `width`. `spec` holds the constructor's arguments as
+    Its training `draws` views of whole clips. It has a `head`, and defines `sequence(batch)`, steps of
+    `step_width`, and `pool(sequence, mask)`, features of `width`. `spec` holds the constructor's arguments as
     builtins, for the checkpoint.
     """
 
-    inputs, settings, pretrained, suffix, views = (), (), (), "", VIEWS[:1]
+    inputs, settings, pretrained, suffix, views, draws = (), (), (), "", VIEWS[:1], True
 
     def __init__(self, **spec):
         super().__init__()
@@ -1595,7 +1604,7 @@ class SpeechEncoder(Encoder):
 
     inputs, suffix, pretrained = ("speech",), "speech", ("whisper_model", "speech_encoder")
     views = (1.0, ""), (0.9, ""), (1.1, "")  # speed, disturbance
-    training_views = *views, (1.0, "noise"), (1.0, "telephone")
+    training_views, draws = (*views, (1.0, "noise"), (1.0, "telephone")), False
 
     def __init__(self, classes, dropout, encoder, width):
         super().__init__(classes=classes, dropout=dropout, encoder=encoder, width=width)
@@ -1619,28 +1628,28 @@ class SpeechEncoder(Encoder):
     def start(cls, shape, clips, cfg, parts):
         """For the encoder that the settings name."""
         encoder = cls.prepare(cfg)
-        width = encoder.states(np.zeros(encoder.rate, np.float32)).shape
-        return cls(**shape, encoder=encoder.key, width=width[0] * width[2])
+        return cls(**shape, encoder=encoder.key, width=encoder.width)
 
     @classmethod
     def depends_on(cls, cfg):
         """Its one setting, and the encoder by content, whatever its name."""
         return {"speech_c": cfg.speech_c, "speech encoder": cls.prepare(cfg).key}
 
-    def listen(self, clips, view, cfg, device):
+    def encode(self, clips, view, cfg, device):
         """A view of clips, samples (n,) each at SAMPLING_RATE, as its encoder hears it: (N, D)."""
         encoder = self.prepare(cfg)
         speech = [speech_features(samples, view, encoder, cfg, device) for samples in clips]
         return torch.from_numpy(np.stack(speech)).to(device)
 
     def standardize(self, dataset, views):
-        """Take mean and deviation from some views of a dataset; returns its batches."""
-        batches = []
+        """Take mean and deviation from some views of a dataset; returns its features (V * N, D)."""
+        speech = []
         for dataset.view in views:
-            batches += with_bar(batches_of(dataset, 64), "listening")
-        deviation, self.mean = torch.std_mean(torch.cat([batch["speech"] for batch in batches]), dim=0)
+            speech += [batch["speech"] for batch in with_bar(batches_of(dataset, 64), "encoding")]
+        speech = torch.cat(speech)
+        deviation, self.mean = torch.std_mean(speech, dim=0)
         self.deviation = deviation.clamp(min=1e-6)  # some features of some encoders never change
-        return batches
+        return self.features({"speech": speech})
 
     def features(self, batch):
         """speech (B, D), standardised as that of the training clips: (B, D)."""
@@ -1649,16 +1658,17 @@ class SpeechEncoder(Encoder):
     def fit(self, training, validation, cfg, *_):
         """(the model, []): what is solved at once has no history."""
         from sklearn.linear_model import LogisticRegression
-        batches = self.standardize(training, self.training_views)
-        features = torch.cat([self.features(batch) for batch in batches])
-        label = torch.cat([batch["label"] for batch in batches])
+        features = self.standardize(training, self.training_views)
+        label = training.labels.repeat(len(self.training_views))
 
         # A strong penalty, for more features than clips; every emotion weighs the same, as in UAR.
         head = LogisticRegression(C=cfg.speech_c, class_weight="balanced", max_iter=1000)
-        head.fit(features.cpu(), label.cpu())
+        head.fit(features.cpu(), label)
+        # Of two classes, scikit-learn has the second alone.
+        rows = head.classes_[-len(head.coef_):]
         for parameter, values in ((self.head.weight, head.coef_), (self.head.bias, head.intercept_)):
-            # Of two classes, scikit-learn has the second alone.
-            parameter.data.zero_()[-len(values):] = torch.from_numpy(values)
+            parameter.data.zero_()
+            parameter.data[rows] = torch.from_numpy(values).to(parameter)
         return self, []
 
 
@@ -1865,7 +1875,7 @@ class AttentionFusion(EarlyFusion):
 
 
 # %% 13. Training and inference
-EVERY = "seed", "sampling_rate", "trim_db", "clip_seconds", "hop_length"  # what every training depends on
+SHARED = "seed", "sampling_rate", "trim_db", "clip_seconds", "hop_length"  # what every training depends on
 TRAINING = "batch_size", "weight_decay", "dropout", "label_smoothing", "ema_decay"  # those in epochs too
 
 
@@ -1877,7 +1887,7 @@ def training_precision(device):
     return torch.bfloat16 if device == "cpu" and any(has) else torch.float32
 
 
-def faster(device):
+def autocast(device):
     """A context in which networks compute in the lower precision that this device gains from, if any."""
     precision = training_precision(device)
     return torch.autocast(device, precision, enabled=precision != torch.float32)
@@ -1932,7 +1942,7 @@ class Trainer:
 
     def step(self, batch):
         """Train on one batch; returns (loss, share of clips whose strongest label was found)."""
-        with faster(self.device):
+        with autocast(self.device):
             logits = self.model(batch)
             loss = self.loss(logits.float(), batch["label"])
 
@@ -1987,8 +1997,10 @@ def train(kind, parts, clips, cfg, device, state, fingerprint):
     model = kind.start(shape, clips, cfg, parts)
     model = model.to(device, memory_format=torch.channels_last)  # faster convolutions
 
-    # Training draws from the whole clip, validation hears windows as prediction does.
+    # Training draws from the whole clip where it can, all else hears windows as prediction does.
     training = clips[clips["split"] == "train"]
+    if not kind.draws:
+        training = windows_of(training, cfg)
     validation = windows_of(clips[clips["split"] == "validation"], cfg)
     size = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"  {size:,} trained parameters, {len(training)} clips", flush=True)
@@ -2095,16 +2107,16 @@ def ensemble(log_probs, temperature):
 def adapted(windows, checkpoint, cfg, device):
     """SpeechEncoder standardised by other clips of the same corpus, without labels: log-probs (V, W, C).
 
-    Where there are four speakers and more, those of a window's own speaker do not count.
+    Where there are four speakers and more, those of a window's own speaker do not count; where none are
+    named, those of its own clip.
     """
-    speakers, model = voices_of(windows).to_numpy(), restore(checkpoint).to(device)
-    groups = np.unique(speakers, return_inverse=True)[1] % 4
-    if groups.max() < 3:
-        groups = np.zeros(len(windows))
-    log_probs = torch.empty(len(model.views), len(windows), checkpoint.log_probs.shape[2])
-    for group in np.unique(groups):
+    model = restore(checkpoint).to(device)
+    speaker = pd.factorize(voices_of(windows), sort=True)[0]
+    groups = speaker % 4
+    log_probs = torch.empty(len(model.views), len(windows), len(checkpoint.classes))
+    for group in set(groups):
         scored = groups == group
-        others = windows[~scored if len(set(groups)) > 1 else scored]
+        others = windows[~scored] if speaker.max() > 2 else windows
         model.standardize(ClipDataset(others, model, cfg, device), model.views)
         log_probs[:, scored] = infer(model, windows[scored], cfg, device)
     return log_probs
@@ -2206,7 +2218,7 @@ def fingerprint_of(cfg, name, clips):
     Settings stand as they are; clips, transcripts, code and parts as keys of their content.
     """
     system = SYSTEMS[name]
-    settings = {key: getattr(cfg, key) for key in EVERY} | system.kind.depends_on(cfg)
+    settings = {key: getattr(cfg, key) for key in SHARED} | system.kind.depends_on(cfg)
     fingerprint = {key: str(value) for key, value in settings.items()}
     fingerprint["clips"] = digest(clips[["clip", "digest", "emotion", "split"]].to_csv(index=False))
     if reads_words(name):
@@ -2240,13 +2252,20 @@ def definitions():
 def code_of(name):
     """A key of the code that the training of a system depends on, without docstrings; "" in a notebook.
 
-    That is its class, the trainer, its features, and what these lead to by name, as long as it stands between
-    `Corpus` and `SYSTEMS`: what is above and below finds files, draws and reports. So an edited plot changes
-    no training, and an edited mel filter changes all that hear.
+    That is its class, the trainer, its features, and what these lead to. So an edited plot changes no
+    training, and an edited mel filter changes all that hear.
     """
-    todo, seen = [SYSTEMS[name].kind.__name__, "train", "infer"], {}
-    if inputs_of(name) & SOUND:
-        todo.append("load_clip")
+    features = ["load_clip"] * bool(inputs_of(name) & SOUND)
+    return code_from(SYSTEMS[name].kind.__name__, "train", "infer", *features)
+
+
+@functools.cache
+def code_from(*roots):
+    """A key of some definitions and what they lead to by name; "" in a notebook.
+
+    As long as it stands between `Corpus` and `SYSTEMS`: what is above and below finds files, draws, reports.
+    """
+    todo, seen = [*roots], {}
     # The order of the file is the border: science stands between two landmarks.
     names = list(definitions())
     science = names[names.index("Corpus"):names.index("SYSTEMS")] if names else []
@@ -3009,11 +3028,13 @@ def uar_by(results, by):
 
 
 def shares_table(results):
-    """How often each system names each emotion on test clips, and how often it is there, as texts."""
-    named = pd.crosstab(results.test["system"], results.test["predicted"], normalize="index")
-    named.loc["there"] = results.test.drop_duplicates("clip")["emotion"].value_counts(normalize=True)
-    order = [*results.test["system"].unique(), "there"]
-    return named.reindex(order, columns=results.classes).fillna(0).map(percent).rename(results.titles)
+    """How often each system names each emotion on test clips, and how often it is true, as texts."""
+    clips = results.test.drop_duplicates("clip")
+    true = clips.assign(system="true", predicted=clips["emotion"])
+    table = pd.concat([results.test, true])
+    named = pd.crosstab(table["system"], table["predicted"], normalize="index")
+    named = named.reindex(table["system"].unique(), columns=results.classes, fill_value=0)
+    return named.map(percent).rename(results.titles)
 
 
 def draw_plots(results):
@@ -3117,7 +3138,7 @@ reliability | How often systems are right, by their confidence; on the straight 
 
 coverage | UAR of the answers that are left when the least confident ones are withheld.
 
-shares | How often each emotion is named, and how often it is there.
+shares | How often each emotion is named, and how often it is true.
 
 Details
 
@@ -3279,12 +3300,13 @@ def checkpoints_together(cfg):
             checkpoint = read_checkpoint(cfg, name)
             first = next(iter(found.values()), checkpoint)
             parts = {part: digest(found[part].fingerprint) for part in SYSTEMS[name].parts if part in found}
-            beside = {key: first.fingerprint[key] for key in ("clips", *EVERY)} | parts
+            beside = {key: first.fingerprint[key] for key in ("clips", *SHARED)} | parts
             change = differences(checkpoint.fingerprint, beside)
             refuse({f"{file_of(cfg, name)} was not trained with the models beside it ({change}): "
                     f"{TRAIN_AGAIN}": change})
-            named = checkpoint.settings | {key: getattr(cfg, key) for key in cfg.given}
-            SYSTEMS[name].kind.check(checkpoint.spec, cfg._replace(**{key: named[key] for key in ENCODERS}))
+            saved = cfg._asdict() | checkpoint.settings
+            asked = {key: saved[key] for key in set(ENCODERS).difference(cfg.given)}
+            SYSTEMS[name].kind.check(checkpoint.spec, cfg._replace(**asked))
             found[name] = checkpoint
     several = runs and (not found or len(saved_in(cfg.output_dir, "calibration", {})) > 1)
     first = "".join(str(path.parent) for path in runs[:1])
@@ -3313,7 +3335,7 @@ def refuse_contradictions(cfg, saved, encoder, where):
 SHIPPED, SHIPPED_NAME = "archive", f"{SYSTEMS['speech'].file}_best.pth"
 # A recording is no speech when Whisper's no-speech probability is above this. Clips of RAVDESS and synthetic
 # music and noise lie on either side: see archive/RESULTS.md.
-NOISE = 0.5
+NO_SPEECH_ABOVE = 0.5
 
 
 def folder_of_models(cfg):
@@ -3329,7 +3351,7 @@ def folder_of_models(cfg):
     return shipped
 
 
-def judge(checkpoints, calibration, cfg):
+def choose_first(checkpoints, calibration, cfg):
     """(whose answer stands on top, confidences below which answers are unsure, by system), by validation."""
     windows, log_probs, labels = validation_of(checkpoints)
     answers = predict(log_probs, windows, calibration, cfg)
@@ -3338,6 +3360,14 @@ def judge(checkpoints, calibration, cfg):
     hearing = [name for name in answers if not reads_words(name)] or [*checkpoints]
     right = {name: answers[name][np.arange(len(labels)), labels] for name in hearing}
     return max(hearing, key=lambda name: np.log(right[name].clip(1e-7)).mean()), thresholds
+
+
+def whisper_loads(cfg, device):
+    """Whether Whisper's weights are on this machine and usable: nobody who asks expects a download."""
+    if whisper_file(cfg.whisper_model).exists():
+        with only_warning():
+            return bool(load_whisper(cfg.whisper_model, device))
+    return False
 
 
 class Predictor:
@@ -3349,6 +3379,7 @@ class Predictor:
     """
 
     def __init__(self, output_dir="", device="cpu", test_views=0, **settings):
+        refuse({f"a Predictor knows no settings but {', '.join(ENCODERS)}": settings.keys() - set(ENCODERS)})
         if output_dir:
             settings["output_dir"] = str(output_dir)
         cfg = parse_settings([])._replace(phase="predict", device=device, given=tuple(settings), **settings)
@@ -3358,7 +3389,7 @@ class Predictor:
         self.calibration = calibrate(self.checkpoints, cfg)
         self.caveats = caveats_of_models(self.checkpoints)
 
-        self.first, self.thresholds = judge(self.checkpoints, self.calibration, cfg)
+        self.first, self.thresholds = choose_first(self.checkpoints, self.calibration, cfg)
 
         # What a training depends on is as that training had it, other settings as the last one.
         *_, last = self.checkpoints.values()
@@ -3367,6 +3398,7 @@ class Predictor:
             saved |= {key: checkpoint.settings[key] for key in checkpoint.fingerprint.keys() & saved}
         trained = set(cfg._fields).difference(FREE, ["test_views"])
         self.cfg = cfg._replace(**{key: saved[key] for key in trained.difference(settings)})
+        self.has_whisper = whisper_loads(self.cfg, self.device)
 
     def predict(self, recording, sampling_rate=None, text=None):
         """A line per system: `predicted`, `unsure`, a probability per emotion, `gate`, `note`; a DataFrame.
@@ -3402,7 +3434,7 @@ class Predictor:
         """Whether there is speech in the windows of a clip, and who says so."""
         if len(clip.mel) < 16:
             return False, "silent or too short"
-        if not whisper_file(self.cfg.whisper_model).exists():
+        if not self.has_whisper:
             # Steady noise is no speech: clips of RAVDESS have 17 dB between these levels.
             low, high = np.percentile(level_of(clip.mel), (10, 95))
             return high - low > 6, f"level, which moves by {high - low:.0f} dB"
@@ -3413,7 +3445,7 @@ class Predictor:
         found = [decode_with_whisper(block, self.cfg, self.device, sample_len=1) for block in blocks]
         probabilities = np.array([result.no_speech_prob for result in found])
         each = probabilities[(windows["start"] // 30).astype(int)]
-        return each < NOISE, list(map("Whisper, no-speech probability {:.2f}".format, each))
+        return each < NO_SPEECH_ABOVE, list(map("Whisper, no-speech probability {:.2f}".format, each))
 
     def ask(self, windows):
         """What each model says to some windows, as `infer` gives it, by name; {} if there is no speech."""
@@ -3431,7 +3463,7 @@ class Predictor:
         """The table of `predict` from log-probabilities of the windows of one recording."""
         answers = predict(log_probs, windows, self.calibration, self.cfg)
         answers = answers or {self.first: np.full((1, len(self.classes)), np.nan)}
-        names = sorted(answers, key=lambda name: name != self.first)
+        names = [self.first, *(name for name in answers if name != self.first)]
         thresholds = [self.thresholds[name] for name in names]
         table = self.table(np.concatenate([answers[name] for name in names]), thresholds, bool(log_probs))
         table["gate"] = windows["gate"][windows["voiced"].idxmax()]
@@ -3477,7 +3509,7 @@ def words_said(path, predictor, cfg):
     if cfg.text:
         return printable(cfg.text), "--text"
     # Nobody who asks for an answer expects a download.
-    if not whisper_file(predictor.cfg.whisper_model).exists():
+    if not predictor.has_whisper:
         return None, "no --text, and no weights of Whisper here: audio alone"
     return transcript_of(path, predictor.cfg, predictor.device), f"Whisper {predictor.cfg.whisper_model}"
 
@@ -3555,7 +3587,7 @@ def print_answer(lines, classes):
     unsure = " (unsure)" * int(first["unsure"] == 1)  # empty beside an error
     print(f"\n{first['recording']}: {first['error'] or first['predicted']}{unsure}")
     if first["predicted"] == NO_SPEECH:
-        print(f"  music or noise? ({first['gate']})")
+        print(f"  {'music or noise? ' * ('silent' not in first['gate'])}({first['gate']})")
     if first["error"] or first["predicted"] == NO_SPEECH:
         return
     for emotion in sorted(classes, key=first.get, reverse=True):
@@ -3787,9 +3819,8 @@ def train_run(run, names, clips, corpus, device):
           + ", edits of the code are not noticed in a notebook" * (not definitions()))
     for name in names:
         reasons[name], what = plan_of(run, name, clips, reasons)
-        why = lacking_weights(run, name, lacking) * bool(reasons[name])
-        if why:
-            lacking[name], what = why, f"cannot run: {why}"
+        if reasons[name] and not_available(run, name, lacking):
+            what = f"cannot run: {lacking[name]}"
         print(f"  {SYSTEMS[name].title:24} {what}", flush=True)
 
     refuse({why: len(lacking) == len(names) for why in lacking.values()})
@@ -3800,18 +3831,21 @@ def train_run(run, names, clips, corpus, device):
     return {name: read_checkpoint(run, name) for name in there}, lacking
 
 
-def lacking_weights(run, name, lacking):
-    """Why the weights that a system starts from cannot be had, "" if they can; `lacking` has its parts.
+def not_available(run, name, lacking):
+    """Whether the weights that a system or its parts start from cannot be had; `lacking` says by name why.
 
-    Raises UserError where the command line names these weights: nothing else was asked for.
+    Raises UserError where the command line names these weights.
     """
+    system = SYSTEMS[name]
+    for part in lacking.keys() & system.parts:
+        lacking[name] = lacking[part]
     try:
-        SYSTEMS[name].kind.prepare(run)  # now: after an hour it is too late to miss it
+        system.kind.prepare(run)  # now: after an hour it is too late to miss it
     except UserError as error:
-        if set(SYSTEMS[name].kind.pretrained).intersection(run.given):
+        if set(system.kind.pretrained) & set(run.given):
             raise
-        return str(error)
-    return "".join([lacking[part] for part in SYSTEMS[name].parts if part in lacking][:1])
+        lacking[name] = str(error)
+    return name in lacking
 
 
 def plan_of(run, name, clips, reasons):
@@ -3956,9 +3990,11 @@ def report_phase(cfg):
 def evaluate_phase(cfg):
     """Score the models of OUTPUT_DIR, as they were trained, on another corpus; into a folder of its own."""
     predictor = predictor_of(cfg)
-    predictor.cfg = predictor.cfg._replace(phase="evaluate")  # which keeps what it computes
+    folder = predictor.cfg.output_dir
+    # Features are kept, beside one's own results and not where the file lies.
+    predictor.cfg = predictor.cfg._replace(phase="evaluate", output_dir=cfg.output_dir)
     encoder, saved = encoder_of(predictor.checkpoints), predictor.cfg._replace(manifest=cfg.manifest)
-    refuse_contradictions(cfg, saved._asdict(), encoder, cfg.output_dir)
+    refuse_contradictions(cfg, saved._asdict(), encoder, folder)
     # The features are those of the training, the corpus is another one.
     work = saved._replace(
         phase="evaluate", output_dir=evaluation_folder(cfg), given=cfg.given, split="speaker", folds="0",
@@ -3969,12 +4005,12 @@ def evaluate_phase(cfg):
     unknown = counted(emotions[~emotions.isin(classes)])
     audit = [*describe_corpus(whole),
              f"Emotions compared: {', '.join(classes)}. Clips left out, unknown to the models: {unknown}.",
-             "Temperatures and fusion weights are those of the training; nothing was fitted on these clips. "
-             "Probabilities are renormalised over the emotions that both know."]
+             "Temperatures and fusion weights are those of the training; adapted takes something of these "
+             "clips, mean and deviation. Probabilities are renormalised over the emotions that both know."]
     print(*audit, sep="\n")
     save_table(Path(work.output_dir, "left_out.csv"), whole.left_out, predictor.caveats)
     write_results(work, corpus, {}, elsewhere(predictor, corpus), pd.DataFrame(columns=["system"]),
-                  caveats=caveats_elsewhere(predictor, corpus, cfg), encoder=encoder, audit=audit,
+                  caveats=caveats_elsewhere(predictor, corpus, folder), encoder=encoder, audit=audit,
                   calibration={"training": predictor.calibration}, command=command_of(cfg))
 
 
@@ -3998,12 +4034,12 @@ def shared_emotions(corpus, classes, cfg):
     return replace(corpus, clips=clips, words=words, split="manifest")
 
 
-def caveats_elsewhere(predictor, corpus, cfg):
+def caveats_elsewhere(predictor, corpus, folder):
     """What every page must say of trained models on another corpus, also which clips they know, by bytes."""
     windows = pd.DataFrame(next(iter(predictor.checkpoints.values())).windows).query("split != 'test'")
     known = sum(corpus.clips["digest"].isin(windows["digest"]))
     caveats = holding({
-        f"models of {cfg.output_dir} on another corpus": True,
+        f"models of {folder} on another corpus": True,
         f"{known} of these {len(corpus.clips)} clips are known from training: the figures flatter": known})
     return caveats + [f"in training: {caveat}" for caveat in predictor.caveats]
 

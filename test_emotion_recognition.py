@@ -6108,7 +6108,7 @@ def listened(monkeypatch):
         lengths.append(len(samples))
         return torch.full((2, 5, 3), float(np.abs(samples).mean()))
 
-    encoder = er.SpeechWeights(states, 16000, "levels")
+    encoder = er.SpeechWeights(states, 16000, 6, "levels")
     monkeypatch.setattr(er, "load_speech_encoder", lambda *_: encoder)
     return lengths
 
@@ -6534,7 +6534,7 @@ def test_evaluate_shows_speech_plain_and_adapted(copied, unpublished):
 def test_shares_of_answers_stand_beside_those_of_the_clips(output):
     results = er.read_results(output)
     table = er.shares_table(results)
-    assert table.loc["there"].tolist() == ["12.5 %"] * 8
+    assert table.loc["true"].tolist() == ["12.5 %"] * 8
     first = results.test[results.test["system"] == "cnn"]["predicted"].value_counts(normalize=True)
     assert table.loc["AudioCNN"].tolist() == [er.percent(first.get(emotion, 0)) for emotion in er.EMOTIONS]
     lines = table_in(output / DOCUMENT.name, "sad", "How often each emotion is named")

@@ -49,10 +49,12 @@ def main(argv):
 
     # Settings as the file has them: where clips and weights lie on this machine is nobody's business. Code
     # has another key in each version of Python, so it has none here.
-    public = er.parse_settings([])._replace(speech_c=cfg.speech_c)
+    usual = er.parse_settings([])._asdict()
+    private = "ravdess_path", "whisper_model", "output_dir", "given"
+    public = cfg._asdict() | {key: usual[key] for key in private}
     traits = windows[["clip", "split", "emotion", "voiced", "digest"]].astype({"emotion": str})
     checkpoint = er.Checkpoint(
-        "speech", model.spec, model.state_dict(), er.classes_of(clips), "", (CAVEAT,), public._asdict(),
+        "speech", model.spec, model.state_dict(), er.classes_of(clips), "", (CAVEAT,), public,
         er.fingerprint_of(cfg, "speech", clips) | {"code": ""}, [], traits.to_dict("list"), log_probs)
     with er.replacing(TARGET) as temporary:
         torch.save(checkpoint._asdict(), temporary)
