@@ -35,7 +35,7 @@ Trains six models and compares sixteen systems that tell emotions apart, on spea
     python emotion_recognition.py --phase unimodal                 sound alone and words alone, no fusion
     python emotion_recognition.py --phase fusion --epochs-cnn 5    fusions and their parts, another setting
     python emotion_recognition.py --phase report                   tables, plots and report once more
-    python emotion_recognition.py --input me.wav                   an answer, also before anything is trained
+    python emotion_recognition.py --phase predict --input me.wav   an answer, also before anything is trained
     python emotion_recognition.py --phase evaluate --manifest other.csv   their figures on another corpus
     python emotion_recognition.py --help                           every setting is a constant and a flag
 

@@ -2103,7 +2103,8 @@ def test_all_that_runs_while_a_model_is_trained_counts_as_its_code(name, demo, m
     run = science_run_by(training)
     of_kind = {"speech": {"whisper_states", "disturbed"}}.get(name, {"fit_in_epochs", "Trainer"})
     assert run >= {"train", kind.__name__} | of_kind
-    monkeypatch.setattr(er, "code_of", er.code_of.__wrapped__)  # which remembers nothing
+    for function in ("code_of", "code_from"):
+        monkeypatch.setattr(er, function, getattr(er, function).__wrapped__)  # which remembers nothing
     before = er.code_of(name)
     nodes = dict(er.definitions())
     monkeypatch.setattr(er, "definitions", lambda: nodes)
@@ -5383,7 +5384,8 @@ def test_trained_models_are_scored_on_the_emotions_that_another_corpus_shares(ev
 
 def test_the_report_of_an_evaluation_says_what_its_figures_are(evaluated):
     text = text_of(FOREIGN / "emotion_recognition_report.docx")
-    for words in ("nothing was fitted on these clips", "models of outputs/demo on another corpus"):
+    adapted = "adapted takes something of these clips, mean and deviation"
+    for words in (adapted, "models of outputs/demo on another corpus"):
         assert words in text, words
     assert "RAVDESS" not in text
     plots = {path.stem for path in FOREIGN.glob("plots/*.png")}
@@ -6144,7 +6146,7 @@ def test_recordings_that_are_answered_leave_nothing_in_the_cache(listened):
 def test_a_cache_that_was_cut_off_is_made_again(spoil, listened):
     encoder = encoder_of()
     first = er.speech_features(speech(), (1.0, ""), encoder, config(), "cpu")
-    path, = Path("outputs/cache").iterdir()
+    path, = Path("outputs/cache").glob("*.npy")
     spoil(path)
     assert er.speech_features(speech(), (1.0, ""), encoder, config(), "cpu").tolist() == first.tolist()
     assert len(listened) == 2
@@ -6156,13 +6158,12 @@ def test_listening_goes_on_where_it_was_stopped(listened, finished, unpublished,
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt(patch, np, "save", 7)
         er.main(SPEECH)
-    start = 1  # a second of silence, which tells the width
-    assert len(listened) == start + 7
+    assert len(listened) == 7
     er.main(SPEECH)
     # Three speeds of all clips and two disturbed copies of those of training; six are not heard twice.
     clips = pd.read_csv(OUTPUT / "clips.csv")
     training = sum(clips["split"] == "train")
-    assert len(listened) == 2 * start + 1 + 3 * len(clips) + 2 * training
+    assert len(listened) == 1 + 3 * len(clips) + 2 * training
 
 
 def test_two_runs_may_hear_the_same_clip_at_once(listened):
@@ -6420,10 +6421,14 @@ def test_where_nothing_was_trained_the_model_that_comes_with_the_file_answers(sh
     assert "SpeechEncoder" in capsys.readouterr().out
     table = er.Predictor().predict("a.wav")
     assert list(table.index) == ["SpeechEncoder"]
-    Path("outputs/elsewhere").mkdir(parents=True)
-    shipped.rename(f"outputs/elsewhere/{shipped.name}")  # what was trained here comes first
-    with pytest.raises(er.UserError, match=r"^outputs holds no trained model: train"):
-        er.Predictor()
+
+
+def test_a_demo_or_an_evaluation_in_the_output_folder_is_no_trained_model(shipped):
+    shutil.copytree(shipped.parent, "outputs/demo")
+    assert er.Predictor().caveats == er.Predictor(shipped.parent).caveats
+    assert er.Predictor().cfg.output_dir == str(shipped.parent.absolute())
+    shutil.copy(shipped, "outputs")  # what was trained here comes first
+    assert er.Predictor().cfg.output_dir == "outputs"
 
 
 def test_when_only_the_script_was_copied_the_missing_file_is_named(shipped):
@@ -6529,6 +6534,52 @@ def test_evaluate_shows_speech_plain_and_adapted(copied, unpublished):
     titles = er.read_results(OUTPUT / "evaluation_corpus").titles
     assert "uses unlabelled clips of this corpus" in titles["speech_adapted"]
     assert "speech_adapted" not in er.read_results(OUTPUT).config["not_run"]
+
+
+def test_a_checkpoint_of_before_there_was_speech_answers(copied):
+    cfg = config(output_dir=str(OUTPUT))
+    for name in set(er.TRAINED) - {"cnn"}:
+        er.file_of(cfg, name).unlink()
+    path = er.file_of(cfg, "cnn")
+    content = torch.load(path, weights_only=True)
+    for key in ("whisper_language", "speech_encoder", "speech_c"):
+        del content["settings"][key]
+    torch.save(content, path)
+    assert er.Predictor(OUTPUT).predict(speech(), RATE)["predicted"]["AudioCNN"] in er.EMOTIONS
+
+
+def test_a_predictor_knows_no_settings_of_a_training(finished):
+    with pytest.raises(er.UserError, match="knows no settings but whisper_model"):
+        er.Predictor(finished / OUTPUT, sampling_rate=8000)
+
+
+def test_weights_are_asked_for_only_when_something_is_trained(copied, monkeypatch, unpublished):
+    def offline(*_):
+        raise er.UserError("no network")
+    monkeypatch.setattr(er, "load_text_encoder", offline)
+    er.main([*DEMO, "--bert-model", str(ENCODER)])
+    assert "bert" in figures()
+
+
+def test_edited_features_are_computed_anew(listened, monkeypatch):
+    er.speech_features(speech(), (1.0, ""), encoder_of(), config(), "cpu")
+    monkeypatch.setattr(er, "code_from", lambda *_: "edited")
+    er.speech_features(speech(), (1.0, ""), encoder_of(), config(), "cpu")
+    assert len(listened) == 2
+
+
+def test_a_network_for_sound_that_is_no_encoder_is_one_sentence(encoders, monkeypatch):
+    monkeypatch.setattr(er, "transformer_states", lambda *_: 1 / 0)
+    with pytest.raises(er.UserError, match=r"--speech-encoder .* cannot be used .ZeroDivisionError"):
+        encoder_of("--speech-encoder", str(encoders / "wavlm"))
+
+
+def test_an_emotion_that_nobody_names_has_its_true_share(output):
+    results = er.read_results(output)
+    table = results.predictions.assign(predicted="angry")
+    shares = er.shares_table(er.replace(results, predictions=table))
+    assert shares.loc["true"].tolist() == ["12.5 %"] * 8
+    assert shares.loc["AudioCNN", "angry"] == "100.0 %"
 
 
 def test_shares_of_answers_stand_beside_those_of_the_clips(output):

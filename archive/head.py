@@ -50,7 +50,7 @@ def main(argv):
     # Settings as the file has them: where clips and weights lie on this machine is nobody's business. Code
     # has another key in each version of Python, so it has none here.
     usual = er.parse_settings([])._asdict()
-    private = "ravdess_path", "whisper_model", "output_dir", "given"
+    private = "ravdess_path", "whisper_model", "output_dir", "device", "given"
     public = cfg._asdict() | {key: usual[key] for key in private}
     traits = windows[["clip", "split", "emotion", "voiced", "digest"]].astype({"emotion": str})
     checkpoint = er.Checkpoint(
