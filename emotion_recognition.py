@@ -1184,6 +1184,7 @@ def encoder_digest(name):
 # A frozen encoder: states(samples (n,) at `rate` Hz) -> (K, T, D), those of K layers; `width` is K * D, `key`
 # says which weights.
 SpeechWeights = namedtuple("SpeechWeights", "states rate width key")
+LEVEL = 0.05  # of full scale, the root mean square of what is encoded
 SHORTEST = 0.4  # seconds that every encoder can hear; shorter windows are filled up with silence
 
 
@@ -1284,6 +1285,8 @@ def speech_features(samples, view, encoder, cfg, device):
 
     heard = disturbed(samples, cfg.sampling_rate, disturbance)
     heard = soxr.resample(heard, cfg.sampling_rate * speed, encoder.rate).astype(np.float32)
+    # All at one level, which says more of the microphone than of the speaker, and which Whisper hears.
+    heard *= LEVEL / max(1e-9, np.sqrt(np.mean(np.square(heard))))
     heard = np.pad(heard, (0, max(0, round(SHORTEST * encoder.rate) - len(heard))))
     # Each clip by itself: no answer depends on what else is asked.
     features = encoder.states(heard).float().mean(dim=1).flatten().cpu().numpy()
