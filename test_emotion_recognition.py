@@ -6431,6 +6431,17 @@ def test_a_demo_or_an_evaluation_in_the_output_folder_is_no_trained_model(shippe
     assert er.Predictor().cfg.output_dir == "outputs"
 
 
+def test_the_model_that_comes_with_the_file_was_made_with_the_settings_of_today():
+    checkpoint = er.read_checkpoint(config(output_dir=str(SCRIPT.parent / "archive")), "speech")
+    today = config()._asdict()
+    made = {key: value for key, value in checkpoint.fingerprint.items() if key in today}
+    assert {"seed", "sampling_rate", "trim_db", "speech_c"} <= set(made)
+    assert made == {key: str(today[key]) for key in made}
+    assert checkpoint.classes == er.EMOTIONS
+    assert set(checkpoint.windows["split"]) == {"validation"}
+    assert Path(SCRIPT.parent, "archive/SpeechEncoder_best.pth").stat().st_size < 400_000
+
+
 def test_when_only_the_script_was_copied_the_missing_file_is_named(shipped):
     shipped.unlink()
     with pytest.raises(er.UserError, match=r"outputs holds no trained model, and .*SpeechEncoder_best\.pth"):
