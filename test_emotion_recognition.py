@@ -6103,12 +6103,12 @@ def test_an_encoder_is_known_by_its_weights(tiny_whisper):
 
 @pytest.fixture
 def listened(monkeypatch):
-    """The lengths of what an encoder that hears nothing but the level of a clip is asked to hear."""
+    """The lengths of what an encoder that hears nothing but how high a clip is gets to hear."""
     lengths = []
 
     def states(samples):
         lengths.append(len(samples))
-        return torch.full((2, 5, 3), float(np.abs(samples).mean()))
+        return torch.full((2, 5, 3), float(np.abs(np.diff(samples)).mean()))
 
     encoder = er.SpeechWeights(states, 16000, 6, "levels")
     monkeypatch.setattr(er, "load_speech_encoder", lambda *_: encoder)
@@ -6186,6 +6186,17 @@ def test_a_disk_that_fills_while_listening_is_one_sentence(listened, monkeypatch
     monkeypatch.setattr(np, "save", full)
     with pytest.raises(er.UserError, match=r"cache.*No space left.*--output-dir"):
         er.speech_features(speech(), (1.0, ""), encoder_of(), config(), "cpu")
+
+
+def test_a_clip_is_heard_at_one_level_however_loud_it_is(tiny_whisper):
+    encoder = encoder_of("--whisper-model", tiny_whisper)
+    first = er.speech_features(speech(), (1.0, ""), encoder, config(), "cpu")
+    for decibels in (-60, -20, 20):
+        louder = speech() * np.float32(10 ** (decibels / 20))
+        features = er.speech_features(louder, (1.0, ""), encoder, config(), "cpu")
+        assert np.allclose(features, first, atol=1e-2)
+    silence = er.speech_features(np.zeros(RATE, np.float32), (1.0, ""), encoder, config(), "cpu")
+    assert np.isfinite(silence).all()
 
 
 def test_speeds_change_the_length_of_what_is_heard(listened):
@@ -6504,9 +6515,14 @@ def test_the_model_that_comes_with_the_file_is_made_actor_by_actor_and_says_noth
 def test_adapting_hears_other_speakers_and_no_labels(listened, monkeypatch):
     rng = np.random.default_rng(0)
     emotions = pd.Categorical.from_codes(np.tile([0, 1], 20), er.EMOTIONS[:2])
-    loud = [rng.normal(0, 0.1 + 0.1 * code, RATE // 2).astype(np.float32) for code in emotions.codes]
+    hertz = 200.0 * (1 + emotions.codes) + rng.normal(0, 5, 40)
+
+    def tones(hertz):
+        time = np.arange(RATE // 2) / RATE
+        return [np.sin(2 * np.pi * pitch * time).astype(np.float32) for pitch in hertz]
+
     windows = pd.DataFrame({
-        "emotion": emotions, "samples": loud, "mel": [np.zeros((20, 64))] * 40, "clip": range(40),
+        "emotion": emotions, "samples": tones(hertz), "mel": [np.zeros((20, 64))] * 40, "clip": range(40),
         "actor": np.repeat([1, 2, 3, 4, 5], 8), "voiced": 1.0})
     cfg = config(speech_c=1.0)
     model = er.SpeechEncoder(2, 0.4, "levels", 6)
@@ -6518,19 +6534,18 @@ def test_adapting_hears_other_speakers_and_no_labels(listened, monkeypatch):
     def right(log_probs):
         return float((log_probs.mean(dim=0).argmax(dim=1).numpy() == emotions.codes).mean())
 
-    # Elsewhere everything is ten times as loud: all sounds like the second class.
-    abroad = windows.assign(samples=[10 * samples for samples in loud])
+    # Elsewhere everything is three times as high: all sounds like the second class.
+    abroad = windows.assign(samples=tones(3 * hertz))
     assert right(er.infer(model, windows, cfg, "cpu")) == 1
     assert right(er.infer(model, abroad, cfg, "cpu")) == 0.5
     assert right(er.adapted(abroad, checkpoint, cfg, "cpu")) == 1
     turned = abroad.assign(emotion=pd.Categorical.from_codes(1 - emotions.codes, er.EMOTIONS[:2]))
     assert torch.equal(er.adapted(turned, checkpoint, cfg, "cpu"), er.adapted(abroad, checkpoint, cfg, "cpu"))
 
-    # One clip that is louder still moves the answers to other speakers, and none to its own.
+    # One clip that is higher still moves the answers to other speakers, and none to its own.
     plain = er.adapted(abroad, checkpoint, cfg, "cpu")
     first = abroad.index == 16  # of speaker 3
-    samples = [wave * (50 if louder else 1) for wave, louder in zip(abroad["samples"], first)]
-    moved = er.adapted(abroad.assign(samples=samples), checkpoint, cfg, "cpu")
+    moved = er.adapted(abroad.assign(samples=tones(hertz * np.where(first, 15, 3))), checkpoint, cfg, "cpu")
     own = torch.tensor((abroad["actor"] == 3) & ~first)
     others = torch.tensor(abroad["actor"] != 3)
     assert torch.equal(moved[:, own], plain[:, own])
