@@ -123,7 +123,7 @@ RUNS = 1                         # trainings of every fold, with SEED, SEED + 1,
 LEAVE_OUT = ""                   # emotions to do without, comma-separated: calm,disgust
 SPLIT = "speaker"                # speaker: no actor in two splits; random: by clip (optimistic)
 FOLDS = "0"                      # which fifth of the actors is tested; 0,1,2,3,4: cross-validation
-TEST_VIEWS = 5                   # slightly different readings of a clip that AudioCNN averages; 1: one
+TEST_VIEWS = 5                   # slightly different readings of a clip that are averaged; 1: one
 # Words
 USE_SIMULATED_SENTENCES = True   # sentences drawn by label (an oracle); no: Whisper transcripts
 SENTENCE_NOISE = 0.0             # share of clips whose sentences are dealt anew, whatever their emotion
