@@ -90,6 +90,8 @@ import soundfile
 import soxr
 import torch
 import torch.nn.functional as F
+from scipy.ndimage import maximum_filter1d, median_filter
+from scipy.signal import butter, cheby2, sosfilt, sosfiltfilt
 from scipy.special import log_softmax, softmax
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
@@ -135,7 +137,8 @@ MAX_TOKENS = 40                  # longest transcript, in words or word pieces
 FUSION = "concat"                # early fusion joins features; attention: both attend first; or both kinds
 # Sound
 SAMPLING_RATE = 16000            # in Hz, everything is resampled to it
-TRIM_DB = 30.0                   # silence is what lies this far below the clip's own peak
+CHANNEL = 0                      # the channel that is heard, from 1 on; 0: the mean of all
+TRIM_DB = 30.0                   # silence is what lies this far below the loudest speech nearby
 CLIP_SECONDS = 2.56              # length of the window that the network sees
 N_MELS = 64                      # mel bands, 50 Hz to half the sampling rate
 N_FFT = 1024                     # samples in an FFT window
@@ -168,6 +171,7 @@ ALLOWED = {  # texts: one of them; numbers: least and most, floats if written so
     "device": ("auto", "cuda", "mps", "cpu"),
     "split": ("speaker", "random"),
     "seed": (0, 2**31),
+    "channel": (0, 1024),
     "test_views": (1, 5),
     "max_tokens": (4, 512),
     "sampling_rate": (4000, 192000),
@@ -207,10 +211,10 @@ def holding(sentences):
     return [sentence for sentence, holds in sentences.items() if holds]
 
 
-def refuse(problems):
-    """Raise a UserError with the first of {sentence: whether it holds} that holds."""
+def refuse(problems, error=UserError):
+    """Raise an error with the first of {sentence: whether it holds} that holds."""
     for sentence in holding(problems):
-        raise UserError(sentence)
+        raise error(sentence)
 
 
 class Settings(namedtuple("Settings", [*map(str.lower, SETTINGS), "given"])):
@@ -388,6 +392,7 @@ class Corpus:
 
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
+GIT_LFS = b"version https://git-lfs"  # how a file begins that git has not fetched yet
 REASONS = {  # why a file is no clip: that of the first pattern which its name fits; "": it is one
     "other name": r"(?!([0-9]{2}-){6}[0-9]{2}\.[^.]*$)",
     "video": r"(?!03)|.*\.mp4$",
@@ -584,14 +589,15 @@ def load_clips(files, cfg):
     def load(path):
         """What is known of a clip, or the reason."""
         try:
-            return {"reason": "", **load_clip(path, cfg)._asdict()}
+            clip = load_clip(path, cfg)._asdict()
+            return {"reason": "", "digest": digest(Path(path).read_bytes()), **clip}
         except AudioError as error:
             return {"reason": str(error)}
 
     load_torchaudio()  # now, so that an installation that does not work is one sentence
     paths = files.loc[files["reason"] == "", "path"]
     loaded = in_parallel(load, paths, "Reading clips")
-    loaded = pd.DataFrame(loaded, paths.index, ["reason", "mel", "samples", "digest"])
+    loaded = pd.DataFrame(loaded, paths.index, ["reason", "digest", *FEATURES, "note"])
     files.loc[paths.index, "reason"] = loaded.pop("reason")
     return files.join(loaded)
 
@@ -884,9 +890,10 @@ def transcribe(clips, cfg, device):
     refuse({f"{path} holds no transcripts: delete it or name another --output-dir": type(cache) is not dict})
     # A cache by content: another checkpoint or a changed clip is transcribed anew.
     keys = model_key + " " + clips["digest"]
-    todo = clips["path"][~keys.isin(list(cache))]
+    todo = clips["samples"][~keys.isin(list(cache))]
     for row in tqdm(todo.index, "Transcribing", disable=todo.empty):
-        cache[keys[row]] = transcript_of(todo[row], cfg, device)
+        heard = soxr.resample(todo[row], cfg.sampling_rate, 16000)
+        cache[keys[row]] = transcript_of(heard, cfg, device)
         save(path, cache)
     return clips.assign(transcript=keys.map(cache))
 
@@ -928,12 +935,12 @@ def decode_with_whisper(samples, cfg, device, **options):
                         f"{cfg.whisper_model} ({error}): try --whisper-language en") from error
 
 
-def transcript_of(source, cfg, device):
-    """What Whisper hears in the first 30 s of a recording, greedily. Raises UserError.
+def transcript_of(samples, cfg, device):
+    """What Whisper hears in the first 30 s of samples at 16 kHz, greedily. Raises UserError.
 
     "" where Whisper's own limits say that it made words out of silence.
     """
-    result = decode_with_whisper(load_samples(source, 16000)[0], cfg, device)
+    result = decode_with_whisper(samples, cfg, device)
     # Words that Whisper makes out of silence or repeats without end are no transcript.
     silent = result.no_speech_prob > 0.6 and result.avg_logprob < -1.0
     return "" if silent or result.compression_ratio > 2.4 else result.text.strip()
@@ -957,102 +964,208 @@ class Silence(AudioError):
     """There is nothing to be heard in a recording."""
 
 
-Clip = namedtuple("Clip", "mel samples start digest")  # (T, M), (n,), s cut off before, key of the bytes
+# Log-mel (T, M), samples (n,) of its frames, second of the recording at which each frame lies (T,), and what
+# must be said of its sound.
+Clip = namedtuple("Clip", "mel samples seconds note")
+FEATURES = ["mel", "samples", "seconds"]  # the columns of clips and windows that hold their sound
+WHOLE = (0.0, math.inf)  # from which second to which: all of a recording
+PART = 300  # seconds of a recording that are in memory at once
+LEAST = 16  # frames: what is shorter says nothing
+FLOOR = 1e-7  # of the loudest power, added to every mel band: fainter noise makes no difference
+STEADY = 6  # dB between quiet and loud frames of noise; clips of RAVDESS have 22 and more
 
 
-def load_clip(source, cfg, rate=0):
-    """Log-mel spectrogram and samples of a recording without its silent ends, as a Clip. Raises AudioError.
+def load_clip(source, cfg, rate=0, span=WHOLE):
+    """What is to be heard in a recording, without silent ends and long pauses, as a Clip. Raises AudioError.
 
     `source` is the path of a file, or an array of samples at `rate` Hz, of shape (n,), (n, channels) or
-    (channels, n).
+    (channels, n); `span` says from which second to which.
     """
-    samples, start, key = load_samples(source, cfg.sampling_rate, cfg.trim_db, rate)
-    return Clip(log_mel(samples, cfg), samples, start, key)
+    samples, note = load_samples(source, cfg, rate, span)
+    hop, rate = cfg.hop_length, cfg.sampling_rate
+    refuse({f"too short: {len(samples) / rate:.2f} s": len(samples) < LEAST * hop}, AudioError)
+    power = mel_power(samples, cfg)  # (T, M)
+    level = 10 * np.log10(power.sum(axis=1) + 1e-20)
+    loud, top = loud_frames(level, cfg)
+    kept = with_margins(loud, cfg)
+
+    # All at one level, which says more of the microphone than of the speaker.
+    samples = np.pad(samples, (0, hop - len(samples) % hop)) * np.float32(10 ** (1 - top / 20))
+    samples = samples.reshape(-1, hop)[kept].ravel()
+    # Rounding to 16 bits makes steady noise of silence; and a click is no speech.
+    noise = top < -30 and spread_of(level[kept]) < STEADY
+    refuse({"silent": noise or len(kept) < LEAST or np.abs(samples).max() > 100}, Silence)
+
+    power = power[kept] * 10 ** (-top / 10)
+    note = note or "no sound above 4 kHz: less sure" * is_narrow(power, cfg)
+    return Clip(np.log(power + FLOOR).astype(np.float16), samples, kept * hop / rate, note)
 
 
-def load_samples(source, rate, trim_db=math.inf, own_rate=0):
-    """(float32 samples (n,) at `rate` Hz without silent ends, their start in s, key). Raises AudioError."""
-    samples, own_rate, key = read_sound(source, own_rate)
-    # What is wrong with the numbers, before anything is computed with them.
-    peak = np.abs(samples).max(initial=0)
-    if peak < 1e-4:
-        raise Silence("silent" if len(samples) else "no samples in it")
-    if not peak < 1e6:  # nor NaN
-        raise AudioError("NaN, infinite or huge samples")
-    loud = loud_part(samples, own_rate, trim_db)  # first, so that there is less to resample
-    samples = samples[loud]
-    return samples if own_rate == rate else soxr.resample(samples, own_rate, rate), loud.start / own_rate, key
+def load_samples(source, cfg, rate=0, span=WHOLE):
+    """(float32 samples (n,) at SAMPLING_RATE, without what lies below voices, a note). Raises AudioError."""
+    parts, note = [], ""
+    for part, rate in sound_parts(source, rate, span):
+        refuse({"NaN, infinite or huge samples": not np.abs(part).max() < 1e6}, AudioError)
+        samples, found = one_channel(part, cfg.channel)
+        parts.append(samples)
+        note = note or found
+    samples = np.concatenate(parts)
+    if rate != cfg.sampling_rate:
+        samples = soxr.resample(samples, rate, cfg.sampling_rate)
+    if len(samples) > cfg.hop_length:
+        samples = sosfiltfilt(high_pass(cfg.sampling_rate), samples).astype(np.float32)
+    return samples, note
 
 
-def read_sound(source, rate=0):
-    """Samples (n,) of a file or of an array at `rate` Hz, float32, mono; their rate, and a key of the bytes.
+@functools.lru_cache(maxsize=8)
+def high_pass(rate):
+    """A filter against offset, rumble and hum: run both ways, -50 dB up to 60 Hz, -1 dB at 80 Hz."""
+    return cheby2(6, 25, 60, "highpass", fs=rate, output="sos")
 
-    Raises AudioError or UserError.
+
+def one_channel(part, channel):
+    """A channel (n,) of samples (n, channels), from 1 on, or for 0 their mean; and a note on it."""
+    if channel:
+        refuse({f"--channel {channel}: it has {plural(part.shape[1], 'channel')}": channel > part.shape[1]},
+               AudioError)
+        return part[:, channel - 1], ""
+
+    # A microphone that is off counts for nothing.
+    power = np.square(part).mean(axis=0)  # (channels,)
+    part = part[:, power >= 1e-3 * power.max()]
+    mean = part.mean(axis=1)
+    # 1 for channels that are the same, a half for two that have nothing in common.
+    share = np.square(mean).mean() / (np.square(part).mean() + 1e-30)
+    if share > 0.75 or part.shape[1] == 1:
+        return mean, ""
+    if share < 0.1:
+        return part[:, 0], "channels that cancel each other: one was taken"
+    return mean, f"{part.shape[1]} different channels were mixed: --channel 1 picks one"
+
+
+def sound_parts(source, rate=0, span=WHOLE):
+    """Yields (float32 samples (n, channels), rate in Hz) of a file or an array, PART seconds at a time.
+
+    Raises AudioError, and UserError for what is no recording.
     """
     if not isinstance(source, (str, Path)):
-        return *downmix(source, rate), ""
+        yield from array_parts(*numbers_of(source, rate), span)
+        return
     try:
-        content = Path(source).read_bytes()
-        return *decode(content), digest(content)
-    except (soundfile.LibsndfileError, OSError, ValueError, MemoryError) as error:  # such as a wild length
+        with open_sound(str(source)) as file:
+            yield from file_parts(file, span)
+    except (soundfile.LibsndfileError, OSError, ValueError) as error:
         if Path(source).suffix.lower() in AUDIO_SUFFIXES:
             reason = getattr(error, "strerror", None) or str(error).split(": ")[-1].strip()
             raise AudioError(f"not readable ({reason})") from error
-    return *decode_with_librosa(source), digest(content)
+        yield from array_parts(*decode_with_librosa(source), span)
 
 
-def decode(content):
-    """Samples (n,) of the bytes of a sound file, mono, float32, and their rate in Hz. Raises AudioError."""
-    if not content:
-        raise AudioError("not readable: it is empty")
-    declared = int.from_bytes(content[4:8], "little")
-    # libsndfile reads a WAV file that was cut off without a word.
-    if content[:4] == b"RIFF" and len(content) < declared < 2**32 - 64:
-        raise AudioError("cut off: less data than its header says")
-    with soundfile.SoundFile(io.BytesIO(content)) as file:
-        # libsndfile takes longer than numpy to make floats of 16 bits.
-        dtype = "int16" if file.subtype == "PCM_16" else "float32"
-        samples, rate, expected = file.read(dtype=dtype, always_2d=True), file.samplerate, file.frames
-    if 0 < len(samples) < expected:
-        raise AudioError("cut off")
-    if dtype == "int16":
-        samples = samples.astype(np.float32) / 32768
-    return samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1), rate
+def file_parts(file, span):
+    """Yields (samples (n, channels), rate in Hz) of an open SoundFile, as far as its decoder comes."""
+    rate = file.samplerate
+    refuse({f"its header says {rate} Hz": not 1000 <= rate <= 768000}, AudioError)
+    first, last = frames_in(span, file.frames, rate)
+    if file.seekable():
+        file.seek(first)
+    else:
+        file.read(first)
+    # By number, since some codecs cannot seek.
+    while first < last and len(part := file.read(min(PART * rate, last - first), "float32", always_2d=True)):
+        first += len(part)
+        yield part, rate
+    # A length that nobody wrote is no promise.
+    refuse({f"cut off: it ends after {first / rate:.2f} of {last / rate:.2f} s": first < last < 2**60},
+           AudioError)
+
+
+def array_parts(samples, rate, span):
+    """Yields (samples (n, channels), rate in Hz) of an array (n, channels)."""
+    first, last = frames_in(span, len(samples), rate)
+    for place in range(first, last, PART * rate):
+        yield samples[place:min(last, place + PART * rate)], rate
+
+
+def frames_in(span, length, rate):
+    """The first and the last frame of a span of a recording of `length` frames. Raises AudioError."""
+    start, end = span
+    seconds = length / rate
+    # Tables round their seconds.
+    outside = not 0 <= start < end or start > seconds or seconds + 0.1 < end < math.inf
+    refuse({"no samples in it": not length,
+            f"its segment from {start} to {end} s does not lie in its {seconds:.2f} s": outside},
+           AudioError)
+    return round(start * rate), round(min(end, seconds) * rate)
+
+
+SIZES = {  # where the header of a file says how long it is: first byte, byte after the last, order
+    b"RIFF": (4, 8, "little"),
+    b"RF64": (20, 28, "little"),
+    b"riff": (16, 24, "little"),
+    b"FORM": (4, 8, "big"),
+    b".snd": (8, 12, "big"),
+}
+
+
+def open_sound(path):
+    """An open SoundFile. Raises AudioError for what is no file of sound, or was cut off."""
+    file = Path(path)
+    refuse({
+        "it is an address of the web: download it first": re.match("[a-z]+:/", path),
+        "it is a folder": file.is_dir(),
+        "it does not exist": not file.exists(),
+    }, AudioError)
+    with open(path, "rb") as opened:
+        start = opened.read(4096)
+    # libsndfile reads a file that was cut off without a word. Sizes of 0 and of all ones were never filled in.
+    first, last, order = SIZES.get(start[:4], (0, 0, "big"))
+    declared = int.from_bytes(start[first:last], order)
+    refuse({
+        "not readable: it is empty": not start,
+        "it is a pointer of Git LFS and not the file: git lfs pull fetches it": start.startswith(GIT_LFS),
+        "cut off: less data than its header says": file.stat().st_size < declared < 0x7FFFF000,
+    }, AudioError)
+    unfilled = b"data\0\0\0\0"
+    if unfilled in start:
+        path = io.BytesIO(file.read_bytes().replace(unfilled, b"data\xff\xff\xff\xff", 1))
+    return soundfile.SoundFile(path)
 
 
 def decode_with_librosa(path):
-    """Samples (n,) of a file that soundfile cannot read, float32, and their rate in Hz. Raises AudioError."""
+    """Samples (n, 1) of a file that soundfile cannot read, float32, and their rate in Hz. Raises AudioError."""
     import librosa
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return librosa.load(path, sr=None)
+            samples, rate = librosa.load(path, sr=None)
     except Exception as error:  # each of its backends has its own
-        raise AudioError("not readable as audio") from error
+        missing = ", and ffmpeg, which reads most formats, is not installed" * (not shutil.which("ffmpeg"))
+        raise AudioError(f"not readable as audio{missing}") from error
+    return samples[:, None], round(rate)
 
 
-def downmix(recording, rate):
-    """Samples (n,) of an array of one or more channels, float32, and their rate in Hz. Raises UserError."""
-    # Integers are scaled by their type, whatever their peak is.
-    samples, rate = np.asarray(recording), float(rate or 0)
-    numbers = samples.ndim in (1, 2) and samples.dtype.kind in "iuf"
+def numbers_of(recording, rate):
+    """Samples (n, channels), float32, and their rate in Hz, of an array, list, tensor or a pair of both.
+
+    Raises UserError.
+    """
+    if isinstance(recording, tuple) and len(recording) == 2:  # as librosa and gradio give it
+        rate, recording = sorted(recording, key=np.size)
+    if hasattr(recording, "detach"):  # a tensor may need gradients, or lie on a GPU
+        recording = recording.detach().cpu().float()
+    samples = np.zeros(())
+    with contextlib.suppress(ValueError, TypeError):  # rows of different lengths, "16 kHz"
+        samples, rate = np.asarray(recording), round(float(rate or 0))
+    fine = samples.ndim in (1, 2) and samples.dtype.kind in "iuf" and 1000 <= rate <= 768000
     refuse({"a recording is a path, or an array of numbers of shape (n,), (n, channels) or (channels, n) "
-            "with its sampling_rate in Hz": not (numbers and 1 <= rate < math.inf)})
+            "with its sampling_rate from 1000 to 768000 Hz": not fine})
     if samples.dtype.kind != "f":
-        span = 2.0 ** (8 * samples.dtype.itemsize - 1)
-        least = float(np.iinfo(samples.dtype).min)
-        samples = (samples - least) / span - 1  # silence is 128 in unsigned bytes
-    if samples.ndim == 2:
-        samples = samples.mean(axis=int(np.argmin(samples.shape)))
-    return samples.astype(np.float32), int(rate)
-
-
-def loud_part(samples, rate, trim_db):
-    """The slice without both ends `trim_db` below the clip's own peak, but for 50 ms before, 100 ms after."""
-    # Relative to the clip's own peak: ten clips of RAVDESS peak below 1 % of full scale.
-    level = np.abs(samples)
-    loud = np.flatnonzero(level >= 0.9999 * level.max() * 10 ** (-trim_db / 20))
-    return slice(max(0, loud[0] - rate // 20), loud[-1] + rate // 10)
+        # By the values, since 16 bits come in wider types too.
+        samples = samples.astype(float)
+        samples /= max(2.0**15, np.abs(samples).max(initial=0))
+    if samples.ndim == 1 or samples.shape[0] < samples.shape[1]:
+        samples = np.atleast_2d(samples).T
+    return samples.astype(np.float32), rate
 
 
 def load_package(name, advice):
@@ -1076,14 +1189,45 @@ def window_and_bank(rate, n_fft, n_mels):
     return torch.hann_window(n_fft), bank
 
 
-def log_mel(samples, cfg):
-    """Natural log of (mel power + 1e-6), float16 (T, M): T frames of HOP_LENGTH, M bands."""
-    # The floor of 1e-6 stands for the noise of a quiet room.
+def mel_power(samples, cfg):
+    """The power of samples (n,) in M mel bands, float32 (T, M): a frame each HOP_LENGTH."""
     window, bank = window_and_bank(cfg.sampling_rate, cfg.n_fft, cfg.n_mels)
     spectrum = torch.stft(torch.from_numpy(samples), cfg.n_fft, cfg.hop_length, window=window,
                           pad_mode="constant", return_complex=True).T  # (T, F)
     power = spectrum.real.square() + spectrum.imag.square()
-    return (power @ bank).add_(1e-6).log_().half().numpy()
+    return (power @ bank).numpy()
+
+
+def loud_frames(level, cfg):
+    """Which frames of levels (T,) in dB are loud enough for speech, and the level of the loudest speech."""
+    second = cfg.sampling_rate / cfg.hop_length
+    # Clicks and thumps do not last.
+    steady = median_filter(level, 2 * round(0.12 * second) + 1, mode="nearest")
+    top, near = steady.max(), maximum_filter1d(steady, round(2 * second), mode="nearest")
+    # Who speaks softly is heard beside who shouts, and a pause is none of both.
+    loud = (near > top - cfg.trim_db) & (steady >= np.maximum(near, top - 10) - cfg.trim_db)
+    return loud, top
+
+
+def with_margins(loud, cfg):
+    """The numbers of loud frames and of those beside: 50 ms before, 100 ms after, half a second of pauses."""
+    second = cfg.sampling_rate / cfg.hop_length
+    first, last = np.flatnonzero(loud)[[0, -1]]
+    kept = np.flatnonzero(maximum_filter1d(loud, round(second / 2)))
+    return kept[(kept >= first - 0.05 * second) & (kept <= last + 0.1 * second)]
+
+
+def spread_of(level):
+    """How many dB lie between the quiet and the loud frames of levels (T,)."""
+    return np.subtract(*np.percentile(level, (95, 10)))
+
+
+def is_narrow(power, cfg):
+    """Whether mel power (T, M), 1 where speech is loudest, has next to nothing above 4 kHz, as in calls."""
+    _, bank = window_and_bank(cfg.sampling_rate, cfg.n_fft, cfg.n_mels)
+    below = bank[:round(4200 * cfg.n_fft / cfg.sampling_rate)].any(dim=0).numpy()  # (M,)
+    upper = power[:, ~below].sum(axis=1)
+    return not below.all() and bool(np.percentile(upper, 95) < 10**-4.5)
 
 
 def window_frames(cfg):
@@ -1091,28 +1235,27 @@ def window_frames(cfg):
     return round(cfg.clip_seconds * cfg.sampling_rate / cfg.hop_length)
 
 
-FEATURES = ["mel", "samples"]  # the columns of clips and windows that hold their sound
 LONGEST = 6.0  # seconds of speech for which one window stands, as in training
 
 
 def windows_of(clips, cfg):
     """Clips as windows, a row each: whole up to LONGEST, else cut into CLIP_SECONDS that overlap by half.
 
-    Adds `start` and `end` in s and `voiced`, the share of frames with voice; `mel` (T, M) and `samples` (n,)
-    are the window's.
+    Adds `start` and `end` in s and `voiced`, the share of frames with voice; `mel` (T, M), `samples` (n,) and
+    `seconds` (T,) are the window's.
     """
-    second, rows = cfg.sampling_rate / cfg.hop_length, []
-    for place, (mel, samples) in enumerate(zip(clips["mel"], clips["samples"])):
+    second, hop, rows = cfg.sampling_rate / cfg.hop_length, cfg.hop_length, []
+    for place, (mel, samples, seconds) in enumerate(clips[FEATURES].itertuples(index=False)):
         # Up to LONGEST the model itself chooses its window in the middle, as in training.
         size = len(mel)
         if size > LONGEST * second + 1:
             size = min(window_frames(cfg), size)
-        level = level_of(mel)
-        voiced = level > level.max() - cfg.trim_db
+        loud, _ = loud_frames(level_of(mel), cfg)
         for start in [*range(0, len(mel) - size, max(1, size // 2)), len(mel) - size]:
             part = slice(start, start + size)
-            sound = mel[part], samples[start * cfg.hop_length:part.stop * cfg.hop_length]
-            rows.append((place, start / second, part.stop / second, float(voiced[part].mean()), *sound))
+            times = seconds[start], seconds[part.stop - 1] + 1 / second
+            sound = mel[part], samples[start * hop:part.stop * hop], seconds[part]
+            rows.append((place, *times, float(loud[part].mean()), *sound))
     windows = pd.DataFrame(rows, columns=["place", "start", "end", "voiced", *FEATURES])
     clips = clips.drop(columns=FEATURES).iloc[windows.pop("place")]
     return clips.reset_index(drop=True).join(windows)
@@ -1184,7 +1327,7 @@ def encoder_digest(name):
 # A frozen encoder: states(samples (n,) at `rate` Hz) -> (K, T, D), those of K layers; `width` is K * D, `key`
 # says which weights.
 SpeechWeights = namedtuple("SpeechWeights", "states rate width key")
-LEVEL = 0.05  # of full scale, the root mean square of what is encoded
+LEVEL = 0.1  # of full scale, what the loudest twentieth of the samples exceeds that are encoded
 SHORTEST = 0.4  # seconds that every encoder can hear; shorter windows are filled up with silence
 
 
@@ -1254,7 +1397,6 @@ def transformer_states(extractor, module, places, samples):
 
 def disturbed(samples, rate, kind):
     """Samples (n,) as they are (""), in noise 5 to 25 dB below them, or as a telephone carries them."""
-    from scipy.signal import butter, sosfilt
     if kind == "telephone":
         high = min(3400, 0.45 * rate)
         return sosfilt(butter(8, (300, high), "bandpass", fs=rate, output="sos"), samples)
@@ -1286,7 +1428,7 @@ def speech_features(samples, view, encoder, cfg, device):
     heard = disturbed(samples, cfg.sampling_rate, disturbance)
     heard = soxr.resample(heard, cfg.sampling_rate * speed, encoder.rate).astype(np.float32)
     # All at one level, which says more of the microphone than of the speaker, and which Whisper hears.
-    heard *= LEVEL / max(1e-9, np.sqrt(np.mean(np.square(heard))))
+    heard *= LEVEL / max(1e-9, np.quantile(np.abs(heard), 0.95))
     heard = np.pad(heard, (0, max(0, round(SHORTEST * encoder.rate) - len(heard))))
     # Each clip by itself: no answer depends on what else is asked.
     features = encoder.states(heard).float().mean(dim=1).flatten().cpu().numpy()
@@ -1878,8 +2020,9 @@ class AttentionFusion(EarlyFusion):
 
 
 # %% 13. Training and inference
-SHARED = "seed", "sampling_rate", "trim_db", "clip_seconds", "hop_length"  # what every training depends on
-TRAINING = "batch_size", "weight_decay", "dropout", "label_smoothing", "ema_decay"  # those in epochs too
+# What every training depends on, and what those in epochs depend on too.
+SHARED = "seed", "sampling_rate", "channel", "trim_db", "clip_seconds", "hop_length"
+TRAINING = "batch_size", "weight_decay", "dropout", "label_smoothing", "ema_decay"
 
 
 def training_precision(device):
@@ -3410,50 +3553,70 @@ class Predictor:
         with `sampling_rate` in Hz; `text` is what is said, for the systems that read words: without it, those
         that hear answer alone. The answer to silence, music and noise is "no speech", as `gate` found.
         """
-        windows = self.windows(recording, sampling_rate)
-        if text is not None:
-            windows = windows.assign(transcript=text)
-        return self.as_a_whole(windows, self.ask(windows))
+        return self.as_a_whole(*self.hear(recording, sampling_rate, text=text))
 
     def predict_over_time(self, recording, sampling_rate=None):
         """A DataFrame with the first system's answer to each window: `start`, `end` in s, `voiced` 0 to 1."""
-        windows = self.windows(recording, sampling_rate)
-        return self.over_time(windows, self.ask(windows))
+        return self.over_time(*self.hear(recording, sampling_rate))
 
-    def windows(self, recording, sampling_rate=None):
-        """The windows of a recording as `windows_of` makes them, and `gate`; without speech `voiced` is 0."""
+    def hear(self, recording, sampling_rate=None, span=WHOLE, text=None, transcribe=False):
+        """(windows of a recording without their sound, log-probabilities of each model), PART by PART.
+
+        `span` says from which second to which. Windows have `gate`, `note` and, if any is known, `transcript`:
+        the text, or with `transcribe` Whisper's. Without speech `voiced` is 0, and no model is asked.
+        """
+        tables, said, start = [], [], span[0]
+        for part, rate in sound_parts(recording, sampling_rate, span):
+            if said and len(part) < rate:  # the last moment
+                break
+            windows, heard = self.windows(part, rate)
+            windows[["start", "end"]] += start
+            start += len(part) / rate
+            if not windows["voiced"].any():
+                continue
+            if transcribe and text is None and self.has_whisper:
+                text = transcript_of(heard, self.cfg, self.device)
+            if text is not None:
+                windows["transcript"] = text
+            said.append(self.ask(windows))
+            tables.append(windows.drop(columns=FEATURES))
+
+        if not said:
+            return windows, {}
+        log_probs = {name: torch.cat([each[name] for each in said], dim=1) for name in said[0]}
+        return pd.concat(tables, ignore_index=True), log_probs
+
+    def windows(self, samples, rate):
+        """The windows of samples (n, channels) with `gate` and `note`, and what is heard of them at 16 kHz."""
         try:
-            clip = load_clip(recording, self.cfg, sampling_rate)
+            clip = load_clip(samples, self.cfg, rate)
         except Silence:
-            clip = Clip(np.zeros((1, 1)), np.zeros(1, np.float32), 0.0, "")
-        table = pd.DataFrame({"clip": "", "emotion": pd.Categorical([None], self.classes), "mel": [clip.mel],
-                              "samples": [clip.samples]})
+            clip = Clip(np.zeros((1, 1)), np.zeros(1, np.float32), np.zeros(1), "")
+        table = pd.DataFrame({"clip": "", "emotion": pd.Categorical([None], self.classes), "note": clip.note,
+                              "mel": [clip.mel], "samples": [clip.samples], "seconds": [clip.seconds]})
         windows = windows_of(table, self.cfg)
-        speech, gate = self.gate(clip, windows)
-        return windows.assign(start=windows["start"] + clip.start, end=windows["end"] + clip.start,
-                              voiced=windows["voiced"] * speech, gate=gate)
+        heard = soxr.resample(clip.samples, self.cfg.sampling_rate, 16000)
+        speech, gate = self.gate(clip, windows, heard)
+        return windows.assign(voiced=windows["voiced"] * speech, gate=gate), heard
 
-    def gate(self, clip, windows):
-        """Whether there is speech in the windows of a clip, and who says so."""
-        if len(clip.mel) < 16:
-            return False, "silent or too short"
+    def gate(self, clip, windows, heard):
+        """Whether there is speech in the windows of a clip, heard at 16 kHz, and who says so."""
+        if len(clip.mel) < LEAST:
+            return False, "silent"
         if not self.has_whisper:
-            # Steady noise is no speech: clips of RAVDESS have 17 dB between these levels.
-            low, high = np.percentile(level_of(clip.mel), (10, 95))
-            return high - low > 6, f"level, which moves by {high - low:.0f} dB"
+            spread = spread_of(level_of(clip.mel))
+            return spread > STEADY, f"level, which moves by {spread:.0f} dB"
 
-        # Whisper knows better, for each 30 s.
-        samples = soxr.resample(clip.samples, self.cfg.sampling_rate, 16000)
-        blocks = np.split(samples, range(480000, len(samples), 480000))
+        # Whisper knows better, for each 30 s of what is heard.
+        blocks = np.split(heard, range(480000, len(heard), 480000))
         found = [decode_with_whisper(block, self.cfg, self.device, sample_len=1) for block in blocks]
         probabilities = np.array([result.no_speech_prob for result in found])
-        each = probabilities[(windows["start"] // 30).astype(int)]
+        begins = np.searchsorted(clip.seconds, windows["start"]) * self.cfg.hop_length  # in samples
+        each = probabilities[(begins / self.cfg.sampling_rate // 30).astype(int)]
         return each < NO_SPEECH_ABOVE, list(map("Whisper, no-speech probability {:.2f}".format, each))
 
     def ask(self, windows):
-        """What each model says to some windows, as `infer` gives it, by name; {} if there is no speech."""
-        if not windows["voiced"].any():
-            return {}
+        """What each model says to some windows, as `infer` gives it, by name."""
         # Weights are read when they are first needed: a recording without words needs no text encoder.
         names = [name for name in self.checkpoints if "transcript" in windows or not reads_words(name)]
         refuse({f"all models of {self.cfg.output_dir} read words: say with --text what is said, or name a "
@@ -3470,7 +3633,8 @@ class Predictor:
         thresholds = [self.thresholds[name] for name in names]
         table = self.table(np.concatenate([answers[name] for name in names]), thresholds, bool(log_probs))
         table["gate"] = windows["gate"][windows["voiced"].idxmax()]
-        table["note"] = list(map(self.note_of, names))
+        note = windows["note"].max()
+        table["note"] = ["; ".join(filter(None, (note, self.note_of(name)))) for name in names]
         table.index = pd.Index([SYSTEMS[name].title for name in names], name="model")
         return table
 
@@ -3507,14 +3671,14 @@ def recordings_in(cfg):
     return files
 
 
-def words_said(path, predictor, cfg):
-    """What is said in a recording, None if nothing is known, and where that comes from."""
+def words_source(windows, predictor, cfg):
+    """Where the words said in a recording come from."""
     if cfg.text:
-        return printable(cfg.text), "--text"
+        return "--text"
     # Nobody who asks for an answer expects a download.
     if not predictor.has_whisper:
-        return None, "no --text, and no weights of Whisper here: audio alone"
-    return transcript_of(path, predictor.cfg, predictor.device), f"Whisper {predictor.cfg.whisper_model}"
+        return "no --text, and no weights of Whisper here: audio alone"
+    return f"Whisper {predictor.cfg.whisper_model}" * ("transcript" in windows)
 
 
 def answer_recording(path, name, predictor, cfg):
@@ -3523,16 +3687,14 @@ def answer_recording(path, name, predictor, cfg):
     Columns: recording, error, model, predicted, unsure, a probability per emotion, gate, note, text,
     text_source, over_time (the path of that table). Raises AudioError.
     """
-    windows, text, source, over_time = predictor.windows(path), None, "", ""
-    if windows["voiced"].any():
-        text, source = words_said(path, predictor, cfg)
-    if text is not None:
-        windows = windows.assign(transcript=text)
-    log_probs = predictor.ask(windows)
+    text = printable(cfg.text) or None
+    windows, log_probs = predictor.hear(path, text=text, transcribe=True)
+    over_time, source = "", words_source(windows, predictor, cfg) * bool(log_probs)
     if len(windows) > 1 and log_probs and not reads_words(predictor.first):
         with only_warning():
             over_time = save_course(name, predictor.over_time(windows, log_probs), predictor, cfg)
     table = predictor.as_a_whole(windows, log_probs).reset_index()
+    text = windows.get("transcript", pd.Series([None]))[0]
     return table.assign(recording=name, error="", text=text, text_source=source, over_time=over_time)
 
 

@@ -89,10 +89,10 @@ def answers_to(clips, predictor, titles):
     tables = []
     refusal = dict.fromkeys(predictor.classes, 1 / len(predictor.classes)) | {"predicted": er.NO_SPEECH}
     for clip in er.tqdm(clips.itertuples(), "Clips", len(clips)):
-        samples, rate, _ = er.read_sound(clip.path)
+        samples, rate = next(er.sound_parts(clip.path))
         for change, changed in CHANGES.items():
-            windows = predictor.windows(changed(samples, rate), {"8 kHz": 8000}.get(change, rate))
-            table = predictor.as_a_whole(windows, predictor.ask(windows)).reindex(titles).fillna(refusal)
+            heard = predictor.hear(changed(samples[:, 0], rate), {"8 kHz": 8000}.get(change, rate))
+            table = predictor.as_a_whole(*heard).reindex(titles).fillna(refusal)
             tables.append(table.assign(change=change, **clip._asdict()))
     return pd.concat(tables)
 
