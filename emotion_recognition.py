@@ -1154,11 +1154,11 @@ def numbers_of(recording, rate):
     if hasattr(recording, "detach"):  # a tensor may need gradients, or lie on a GPU
         recording = recording.detach().cpu().float()
     samples = np.zeros(())
-    with contextlib.suppress(ValueError, TypeError):  # rows of different lengths, "16 kHz"
+    with contextlib.suppress(ValueError, TypeError, OverflowError):  # rows of different lengths, "16 kHz"
         samples, rate = np.asarray(recording), round(float(rate or 0))
     fine = samples.ndim in (1, 2) and samples.dtype.kind in "iuf" and 1000 <= rate <= 768000
     refuse({"a recording is a path, or an array of numbers of shape (n,), (n, channels) or (channels, n) "
-            "with its sampling_rate from 1000 to 768000 Hz": not fine})
+            "with its sampling_rate in Hz, from 1000 to 768000": not fine})
     if samples.dtype.kind != "f":
         # By the values, since 16 bits come in wider types too.
         samples = samples.astype(float)
@@ -1202,7 +1202,7 @@ def loud_frames(level, cfg):
     """Which frames of levels (T,) in dB are loud enough for speech, and the level of the loudest speech."""
     second = cfg.sampling_rate / cfg.hop_length
     # Clicks and thumps do not last.
-    steady = median_filter(level, 2 * round(0.12 * second) + 1, mode="nearest")
+    steady = median_filter(level, 2 * round(0.13 * second) + 1, mode="nearest")
     top, near = steady.max(), maximum_filter1d(steady, round(2 * second), mode="nearest")
     # Who speaks softly is heard beside who shouts, and a pause is none of both.
     loud = (near > top - cfg.trim_db) & (steady >= np.maximum(near, top - 10) - cfg.trim_db)

@@ -1189,43 +1189,157 @@ def test_vocabulary_is_of_the_training_split_only(demo):
 
 
 # %% Sound
-@pytest.mark.parametrize("scale", [1, 0.005, 0.0005])
-def test_silent_ends_are_cut_relative_to_the_peak_of_the_clip(scale):
+def log_mels_of(samples, rate=RATE, **changes):
+    """The log-mels (T, M) of samples, as numbers that can be subtracted."""
+    return er.load_clip(samples, config(**changes), rate).mel.astype(float)
+
+
+def parted(*parts, rate=RATE):
+    """Parts one after the other: samples, or seconds of faint noise."""
+    rng = np.random.default_rng(0)
+    arrays = [part if isinstance(part, np.ndarray) else rng.normal(0, 1e-5, int(part * rate)) for part in parts]
+    return np.concatenate(arrays).astype(np.float32)
+
+
+def bang(seconds=0.05):
+    """Noise as loud as can be that ends at once."""
+    return np.random.default_rng(0).uniform(-1, 1, int(seconds * RATE)).astype(np.float32)
+
+
+def test_silent_ends_are_cut():
+    clip = er.load_clip(parted(1.0, speech(), 2.0), config(), RATE)
+    inside = er.load_clip(speech(), config(), RATE)
+    assert clip.seconds[0] == pytest.approx(1 + inside.seconds[0], abs=0.02)
+    assert abs(len(clip.mel) - len(inside.mel)) <= 1
+    assert len(clip.samples) == 256 * len(clip.mel)
+
+    patient = er.load_clip(parted(1.0, speech(), 2.0), config(trim_db=1e6), RATE)
+    assert patient.seconds[0] == 0
+    assert len(patient.mel) == 1 + (3 * RATE + len(speech())) // 256
+
+
+@pytest.mark.parametrize("gain", [1e-3, 0.03, 0.5, 10, 32768])
+def test_any_gain_is_heard_alike(gain):
+    assert np.abs(log_mels_of(speech() * gain) - log_mels_of(speech())).max() < 0.02
+
+
+INTEGERS = (0.5 * speech() * 32768).astype(np.int16)
+
+
+@pytest.mark.parametrize("recording", [
+    INTEGERS.tolist(),
+    INTEGERS.astype(np.int32),
+    INTEGERS.astype(np.int64),
+    INTEGERS.astype(np.int32) * 65536,
+    INTEGERS.astype(np.int32) * 256,
+    (INTEGERS.astype(int) + 32768).astype(np.uint16),
+    INTEGERS / 32768,
+    torch.tensor(INTEGERS / 32768, requires_grad=True),
+    (INTEGERS, RATE),
+    (RATE, INTEGERS[:, None]),
+], ids="list 32 64 full 24 unsigned float tensor librosa gradio".split())
+def test_numbers_of_every_kind_are_heard_alike(recording):
+    rate = RATE * (not isinstance(recording, tuple))
+    assert np.abs(log_mels_of(recording, rate) - log_mels_of(INTEGERS)).max() < 0.02
+
+
+@pytest.mark.parametrize(("recording", "rate"), [
+    (None, RATE), ([[1, 2], [3]], RATE), ("a b".split(), RATE), (np.zeros((2, 3, 4)), RATE), (np.zeros(9), 0),
+    (np.zeros(9), "16 kHz"), (np.zeros(9), 1), (np.zeros(9), 2e9), (np.zeros(9), math.nan),
+    (np.zeros(9, complex), RATE), (np.zeros(9, bool), RATE), ({}, RATE),
+])
+def test_what_is_no_recording_is_one_sentence(recording, rate):
+    with pytest.raises(er.UserError, match="a recording is a path, or an array|too short"):
+        er.load_clip(recording, config(), rate)
+
+
+@pytest.mark.parametrize("noise", [
+    0.3,
+    0.3 * np.sin(2 * np.pi * 30 * np.arange(len(speech())) / RATE),
+    0.1 * np.sin(2 * np.pi * 50 * np.arange(len(speech())) / RATE + 1),
+    0.1 * np.sin(2 * np.pi * 60 * np.arange(len(speech())) / RATE + 1),
+], ids=["offset", "rumble", "hum of 50 Hz", "hum of 60 Hz"])
+def test_what_nobody_hears_changes_nothing(noise):
+    clean, noisy = log_mels_of(speech()), log_mels_of(speech() + noise)
+    assert len(noisy) == pytest.approx(len(clean), abs=2)
+    middle = slice(20, 60)
+    assert np.abs(noisy[middle, 4:] - clean[middle, 4:]).mean() < 0.1
+
+
+@pytest.mark.parametrize("samples", [
+    parted(1.0, np.array([0.95]), 1.0, 0.03 * speech(), 1.0),
+    parted(1.0, bang(), 1.0, 0.03 * speech(), 1.0),
+    parted(1.0, 0.03 * speech(), 1.0, bang(), 1.0),
+], ids=["one sample", "a bang before", "a bang after"])
+def test_a_thump_is_no_speech_and_hides_none(samples):
+    mel = log_mels_of(samples)
+    expected = log_mels_of(speech())
+    assert len(mel) == pytest.approx(len(expected), abs=2)
+    assert mel[30:60].mean() == pytest.approx(expected[30:60].mean(), abs=0.3)
+
+
+def test_a_bang_in_a_long_recording_silences_no_window():
+    cfg, words = config(), [0.03 * speech()] * 20
+    clip = er.load_clip(np.concatenate([*words, bang(), *words]), cfg, RATE)
+    table = pd.DataFrame({"mel": [clip.mel], "samples": [clip.samples], "seconds": [clip.seconds]})
+    assert (er.windows_of(table, cfg)["voiced"] > 0.5).all()
+
+
+def test_loud_and_quiet_speakers_in_turns_are_both_heard():
+    turn = np.tile(speech(), 3)
+    cfg, quiet = config(), turn * 10 ** (-26 / 20)
+    clip = er.load_clip(parted(turn, 0.3, quiet, 0.3, turn, 0.3, quiet), cfg, RATE)
+    table = pd.DataFrame({"mel": [clip.mel], "samples": [clip.samples], "seconds": [clip.seconds]})
+    windows = er.windows_of(table, cfg)
+    assert (windows["voiced"] > 0.5).all()
+    assert windows["end"].max() == pytest.approx(len(np.tile(turn, 4)) / RATE + 0.9, abs=0.3)
+
+
+@pytest.mark.parametrize("pause", [1.0, 3.0, 20.0])
+def test_long_pauses_are_cut_and_times_are_those_of_the_recording(pause):
     cfg = config()
-    samples = np.zeros(48000, np.float32)
-    samples[16000:32000] = 0.8 * scale
-    samples[:200] = 0.02 * scale  # 32 dB below
-    samples[40000:] = -0.02 * scale
-    kept = samples[15200:33599]  # 50 ms before the loud part, 100 ms after it
+    short = er.load_clip(parted(speech(), 0.5, speech()), cfg, RATE)
+    clip = er.load_clip(parted(speech(), pause, speech()), cfg, RATE)
+    assert len(clip.mel) == pytest.approx(len(short.mel), abs=14)
+    assert clip.seconds[-1] - short.seconds[-1] == pytest.approx(pause - 0.5, abs=0.05)
 
-    clip = er.load_clip(samples, cfg, RATE)
-    expected = er.log_mel(kept, cfg)
-    assert np.array_equal(clip.mel, expected)
-    assert clip.start == pytest.approx(0.95)
 
-    integers = np.round(samples * -32768 / 0.8)  # peaks at 16 or more
-    integers = integers.clip(-32768, 32767)
-    integers = integers.astype(np.int16)
+VOICE = speech() + np.random.default_rng(0).normal(0, 0.01, len(speech())).astype(np.float32)
+CHANNELS = {  # what two channels are: (them, what is said)
+    "the same": ((VOICE, VOICE), ""),
+    "one off": ((VOICE, 0 * VOICE), ""),
+    "inverted": ((VOICE, -VOICE), "channels that cancel each other"),
+    "different": ((VOICE, np.roll(VOICE, 3000)), "2 different channels were mixed: --channel 1"),
+}
 
-    clip = er.load_clip(integers, cfg, RATE)
-    assert clip.mel.shape == expected.shape
 
-    strict = cfg._replace(trim_db=0.0)
-    clip = er.load_clip(integers, strict, RATE)
-    assert len(clip.mel) > 0
+@pytest.mark.parametrize(("channels", "note"), CHANNELS.values(), ids=CHANNELS)
+def test_channels_are_mixed_and_said_where_they_differ(channels, note):
+    stack = np.stack(channels)
+    clip = er.load_clip(stack, config(), RATE)
+    assert clip.note.startswith(note)
+    assert bool(clip.note) == bool(note)
+    first = er.load_clip(stack.T, config(channel=1), RATE)
+    assert first.note == ""
+    assert np.array_equal(clip.mel, first.mel) == ("different" not in note)
+    with pytest.raises(er.AudioError, match="--channel 3: it has 2 channels"):
+        er.load_clip(stack, config(channel=3), RATE)
 
-    patient = cfg._replace(trim_db=1e6)
-    whole = er.load_clip(samples, patient, RATE)
-    assert np.array_equal(whole.mel, er.log_mel(samples, cfg))
-    assert whole.start == 0
+
+def test_a_narrow_band_is_said():
+    wide = speech(48000) + np.random.default_rng(0).normal(0, 0.01, len(speech(48000)))
+    narrow = er.soxr.resample(wide, 48000, 8000)
+    assert er.load_clip(narrow, config(), 8000).note == "no sound above 4 kHz: less sure"
+    assert er.load_clip(wide, config(), 48000).note == ""
+    assert er.load_clip(narrow, config(sampling_rate=8000), 8000).note == ""
 
 
 @pytest.mark.parametrize("rate", [8000, 16000, 22050, 44100, 48000])
 def test_any_sampling_rate_is_resampled(rate):
     path = written("tone.wav", tone(1.5, rate), rate)
-    samples, start, _ = er.load_samples(path, RATE)
+    samples, note = er.load_samples(path, config())
     assert samples.dtype == np.float32
-    assert start == 0
+    assert note == ""
     assert len(samples) == pytest.approx(24000, abs=2)
 
     inside = slice(2000, 22000)
@@ -1234,7 +1348,7 @@ def test_any_sampling_rate_is_resampled(rate):
     assert gaps.max() < 0.01
 
 
-def test_log_mel_is_that_of_torchaudio_within_float16():
+def test_mel_power_is_that_of_torchaudio():
     import torchaudio
     cfg, samples = config(), speech()
     transform = torchaudio.transforms.MelSpectrogram(
@@ -1246,15 +1360,108 @@ def test_log_mel_is_that_of_torchaudio_within_float16():
         n_mels=cfg.n_mels,
         center=True,
         pad_mode="constant")
-    power = transform(torch.from_numpy(samples)).T
-    expected = (power + 1e-6).log().numpy()
+    expected = transform(torch.from_numpy(samples)).T.numpy()
+    power = er.mel_power(samples, cfg)
+    assert power.dtype == np.float32
+    assert power.shape == (1 + len(samples) // cfg.hop_length, cfg.n_mels)
+    assert np.allclose(power, expected, rtol=1e-4, atol=1e-6)
 
-    mel = er.log_mel(samples, cfg)
-    assert mel.dtype == np.float16
-    assert mel.shape == (1 + len(samples) // cfg.hop_length, cfg.n_mels)
-    half_a_step = 2.0 ** -8  # of float16 between 8 and 16
-    gaps = np.abs(mel.astype(float) - expected)
-    assert gaps.max() < half_a_step + 1e-3
+
+@pytest.mark.parametrize(("samples", "reason"), [
+    (np.zeros(RATE), "silent"),
+    (np.random.default_rng(0).integers(-1, 2, 3 * RATE).astype(np.int16), "silent"),
+    (np.random.default_rng(0).normal(0.1, 3e-5, 3 * RATE), "silent"),
+    (parted(1.0, np.array([0.9]), 1.0), "silent"),
+    (speech()[:1000], "too short: 0.06 s"),
+    (speech()[:0], "no samples in it"),
+    (speech() * np.nan, "NaN, infinite or huge samples"),
+], ids=["zeros", "rounding", "offset", "click", "short", "nothing", "NaN"])
+def test_where_nothing_is_heard_the_reason_is_its_own(samples, reason):
+    with pytest.raises(er.AudioError, match=reason):
+        er.load_clip(samples, config(), RATE)
+
+
+@pytest.mark.parametrize(("span", "shown"), [((1.5, 4.0), "from 1.5"), ((2, 1), ""), ((9, 12), ""), ((0.5, 9), "")])
+def test_a_segment_is_read_alone_or_named(span, shown):
+    samples = parted(1.5, speech(), 1.5)
+    path = written("a.wav", samples)
+    if not shown:
+        with pytest.raises(er.AudioError, match=f"segment from {span[0]} to {span[1]} s does not lie in its"):
+            er.load_clip(path, config(), span=span)
+        return
+    segment = er.load_clip(path, config(), span=span)
+    array = er.load_clip(samples[24000:64000], config(), RATE)
+    assert np.abs(segment.mel.astype(float) - array.mel).max() < 0.2
+
+
+FORMATS = {  # ending and subtype: sampling rate
+    "wav GSM610": 8000, "wav ULAW": 8000, "wav IMA_ADPCM": RATE, "wav DOUBLE": RATE, "w64 PCM_16": RATE,
+    "flac PCM_24": RATE, "ogg VORBIS": RATE, "opus OPUS": RATE, "mp3 MPEG_LAYER_III": RATE, "aiff PCM_16": RATE,
+    "au PCM_16": RATE, "caf PCM_16": RATE}
+
+
+@pytest.mark.parametrize(("name", "rate"), FORMATS.items(), ids=FORMATS)
+def test_every_format_is_read_to_its_end_or_is_said_to_be_cut_off(name, rate):
+    ending, subtype = name.split()
+    path, samples = Path(f"a.{ending}"), speech(rate)
+    kind = {"opus": "OGG"}.get(ending, ending.upper())
+    soundfile.write(path, samples, rate, subtype, format=kind)
+    whole = er.load_clip(path, config())
+    length = len(er.load_clip(samples, config(), rate).mel)
+    assert len(whole.mel) == pytest.approx(length, abs=5)
+    if kind == "OGG":  # whose pages say no length
+        return
+    cut(path, path.stat().st_size // 2)
+    with pytest.raises(er.AudioError, match="cut off|not readable"):
+        er.load_clip(path, config())
+
+
+def with_sizes(riff, data):
+    """A WAV file whose header says these sizes; "" stands for the true one."""
+    path = written("a.wav", speech())
+    content = bytearray(path.read_bytes())
+    for place, size in ((4, riff), (40, data)):
+        if size != "":
+            content[place:place + 4] = size.to_bytes(4, "little")
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize("sizes", [
+    (0, 0), (0xFFFFFFFF, 0xFFFFFFFF), (0x7FFFF024, 0x7FFFF000), (36, 0), ("", 0), ("", 0xFFFFFFFF)], ids=str)
+def test_lengths_that_a_recorder_never_filled_in_mean_to_the_end(sizes):
+    expected = er.load_clip(written("b.wav", speech()), config())
+    assert np.array_equal(er.load_clip(with_sizes(*sizes), config()).mel, expected.mel)
+
+
+@pytest.mark.parametrize("rate", [1, 2_000_000_000])
+def test_a_sampling_rate_that_cannot_be_is_said(rate):
+    path = written("a.wav", speech())
+    content = bytearray(path.read_bytes())
+    content[24:28] = rate.to_bytes(4, "little")
+    path.write_bytes(content)
+    with pytest.raises(er.AudioError, match=f"its header says {rate} Hz"):
+        er.load_clip(path, config())
+
+
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:abab\nsize 72862\n"
+
+
+@pytest.mark.parametrize(("path", "content", "reason"), [
+    ("https://example.org/a.wav", None, "address of the web: download it"),
+    ("nowhere.wav", None, "does not exist"),
+    (".", None, "is a folder"),
+    ("a.wav", "", "it is empty"),
+    ("a.wav", LFS, "pointer of Git LFS .* git lfs pull"),
+    ("a.wav", "no sound", "not readable"),
+    ("a.m4a", "no sound", "not readable as audio, and ffmpeg"),
+])
+def test_each_file_that_cannot_be_read_has_its_own_sentence(path, content, reason, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    if content is not None:
+        Path(path).write_text(content)
+    with pytest.raises(er.AudioError, match=reason):
+        er.load_clip(path, config())
 
 
 def ramp(frames):
@@ -1276,7 +1483,7 @@ def windows_heard(mels, demo, view=(1.0, 1.0)):
 
 def loudest(pitch, speed, demo):
     """The band that is loudest when a tone is heard at a speed."""
-    mel = er.log_mel(tone(4, RATE, pitch), demo[0])
+    mel = np.log(er.mel_power(tone(4, RATE, pitch), demo[0]) + 1e-6).astype(np.float16)
     [window] = windows_heard([mel], demo, (speed, 1.0))
     return int(window.mean(dim=1).argmax())
 
@@ -2002,8 +2209,8 @@ SCIENCE = {  # what is edited: (definition, text, replacement, who is trained an
     "its views": ("VIEWS", "0.94", "0.93", ["cnn"], []),
     "what is stored of it": ("infer", ".log_softmax(dim=1)", ".softmax(dim=1)", ["cnn", *TEXT], []),
     "its augmentation": ("recolour", "0.75", "0.5", ["cnn"], []),
-    "the floor of log-mels": ("log_mel", "1e-6", "1e-5", HEARING, TEXT),
-    "the silence that is cut": ("loud_part", "// 20", "// 10", HEARING, TEXT),
+    "the floor of log-mels": ("FLOOR", "1e-7", "1e-6", HEARING, TEXT),
+    "the pauses that are cut": ("with_margins", "second / 2", "second / 3", HEARING, TEXT),
     "SpeechEncoder": ("SpeechEncoder", '"balanced"', "None", ["speech"], ["cnn", *TEXT]),
     "what it hears through": ("disturbed", "3400", "3500", ["speech"], ["cnn", *TEXT]),
     "what it hears with": ("whisper_states", ":3000", ":2000", ["speech"], ["cnn", *TEXT]),
@@ -2023,7 +2230,7 @@ OTHERS = {  # definition: (text, replacement), without a new line
     "plot_comparison": ("steelblue", "gray"),
     "add_part": ("Cm(17)", "Cm(16)"),
     "reliability": ("bins=15", "bins=10"),
-    "Predictor": ("(10, 95)", "(10, 90)"),
+    "Predictor": ("480000", "480001"),
     "synthesize": ("0.8", "0.7"),
 }
 
