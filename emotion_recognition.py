@@ -92,7 +92,7 @@ import torch
 import torch.nn.functional as F
 from scipy.special import log_softmax, softmax
 from torch import nn
-from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
+from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from tqdm.contrib.concurrent import thread_map
 
@@ -155,6 +155,7 @@ BATCH_SIZE = 32                  # clips in a batch
 WEIGHT_DECAY = 0.05              # AdamW, on weight matrices only
 DROPOUT = 0.4                    # share of features dropped before a head
 WORD_DROPOUT = 0.3               # share of words hidden in training
+CLASS_WEIGHTS = True             # rarer emotions count more in the loss, where clips are 3:1 and more
 LABEL_SMOOTHING = 0.1            # share of the target spread over all emotions
 MIXUP = 0.3                      # both parameters of the Beta distribution, 0 for none
 EMA_DECAY = 0.99                 # moving average of the weights, per step
@@ -300,8 +301,9 @@ def make_parser():
 
 def parse_settings(argv=None):
     """Settings from the constants as they are now, and from flags. Raises UserError."""
-    if argv is None:  # a kernel's arguments are not ours
-        argv = [] if "kernel_launcher" in sys.argv[0] else sys.argv[1:]
+    if argv is None:
+        # A kernel's arguments, which name a file with -f or --f=, are not ours.
+        argv = [] if in_kernel() and re.search(r"(^| )--?f\b", " ".join(sys.argv)) else sys.argv[1:]
     parser = make_parser()
     # Constants are read like flags, so that an edited constant is checked like a flag.
     values = vars(parser.parse_args([flag_of(name, globals()[name]) for name in SETTINGS]))
@@ -668,8 +670,11 @@ def split_clips(corpus, run):
     """
     clips = corpus.clips
     if corpus.split == "speaker":
-        actors = sorted(clips["actor"].unique().tolist())
-        clips = deal(clips, "actor", *fold_actors(actors, run.fold))
+        folds = fold_actors(clips)
+        refuse({f"{clips['actor'].nunique()} actor(s) cannot be split by speaker into three (fold "
+                f"{run.fold}): name more under --ravdess-path or in --manifest, lower --folds, or choose "
+                "--split random": run.fold >= len(folds)})
+        clips = deal(clips, "actor", *folds[run.fold])
     elif corpus.split == "random":
         clips = deal(clips, "digest", *random_digests(clips, run.seed))
     # Under another name, the same bytes may stand on the other side of the split.
@@ -696,16 +701,20 @@ def deal(clips, key, validation, test):
     return clips.assign(split=np.select(held_out, ["test", "validation"], "train"))
 
 
-def fold_actors(actors, fold):
-    """(validation actors, test actors) of one fold; other actors than RAVDESS's go into five groups."""
-    if len(actors) > 22 and set(actors) <= set(range(1, 25)):  # one may be missing, and folds stay
-        return VALIDATION_ACTORS[fold], TEST_ACTORS[fold]
-    # Another corpus has no published folds: every fifth speaker is tested, the next one validates.
-    groups = min(5, len(actors))
-    if groups < 3 or fold >= groups:
-        raise UserError(f"{len(actors)} actor(s) cannot be split by speaker into three (fold {fold}): name "
-                        "more under --ravdess-path or in --manifest, lower --folds, or choose --split random")
-    return actors[(fold + 1) % groups::groups], actors[fold::groups]
+def fold_actors(clips):
+    """(validation actors, test actors) of each fold; others than RAVDESS's go into up to five groups."""
+    from sklearn.model_selection import StratifiedGroupKFold
+    actors = set(clips["actor"])
+    if len(actors) > 22 and actors <= set(range(1, 25)):  # one may be missing, and folds stay
+        return [*zip(VALIDATION_ACTORS, TEST_ACTORS)]
+    groups = min(5, len(actors), clips["emotion"].value_counts().max())
+    if groups < 3:
+        return []
+
+    # Another corpus has no published folds, and speakers of any size: groups alike in clips and emotions.
+    dealt = StratifiedGroupKFold(groups).split(clips, clips["emotion"], clips["actor"])
+    tested = [clips["actor"].iloc[rows].unique() for _, rows in dealt]
+    return [*zip(tested[1:] + tested[:1], tested)]  # the next group validates
 
 
 def random_digests(clips, seed):
@@ -897,7 +906,7 @@ WITHOUT_WHISPER = "train without it: --run-models cnn,rnn,bert, simulated senten
 @functools.lru_cache(maxsize=1)
 def load_whisper(name, device):
     """(module, model) of --whisper-model, a name (downloaded once) or a checkpoint file. Raises UserError."""
-    whisper = load_package("whisper", f"pip install openai-whisper, or {WITHOUT_WHISPER}")
+    whisper = load_package("whisper", f"pip install openai-whisper, or {WITHOUT_WHISPER}", "load_model")
     place = {"cuda": "cuda"}.get(device, "cpu")  # Whisper lacks operations of MPS
     if name in whisper.available_models() and not whisper_file(name).exists():
         print(f"Whisper {name} is fetched, once (base: 147 MB)", file=sys.stderr)
@@ -1055,10 +1064,12 @@ def loud_part(samples, rate, trim_db):
     return slice(max(0, loud[0] - rate // 20), loud[-1] + rate // 10)
 
 
-def load_package(name, advice):
-    """A package that is slow to import or may be missing; a UserError ends with advice where it is."""
+def load_package(name, advice, part="__name__"):
+    """A package that may be missing or be another one, without `part`; a UserError ends with advice then."""
     try:
-        return importlib.import_module(name)
+        package = importlib.import_module(name)
+        refuse({f"{package.__file__} is another package of that name": not hasattr(package, part)})
+        return package
     except Exception as error:  # also when it was made for another torch
         raise UserError(f"{name} does not load beside torch {torch.__version__} ({type(error).__name__}: "
                         f"{error}): {advice}") from error
@@ -1124,15 +1135,19 @@ def level_of(mel):
 
 
 # %% 8. Text features
+# Thai, Lao, Myanmar, Khmer, Kana and Han: scripts without spaces between words.
+SPACELESS = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u30ff\u3400-\u9fff\U00020000-\U0003ffff"
+
+
 def words_in(text):
-    """The lower-case words of a text; an empty transcript is one unknown word."""
-    return re.findall(r"[\w']+", text.lower()) or ["<unk>"]
+    """The lower-case words of a text, or characters where none has spaces; nothing is one unknown word."""
+    return re.findall(rf"[{SPACELESS}]|(?:(?![{SPACELESS}])[\w'])+", text.lower()) or ["<unk>"]
 
 
 def load_transformers():
     """The package, or a UserError that says how to go on without it."""
     return load_package("transformers", "pip install transformers or go without: "
-                        "--run-models cnn,rnn,fusion_rnn")
+                        "--run-models cnn,rnn,fusion_rnn", "AutoModel")
 
 
 def load_pretrained(flag, name, without, prepare):
@@ -1312,8 +1327,10 @@ class ClipDataset(Dataset):
     def __init__(self, clips, model, cfg, device, augment=False):
         self.model, self.cfg, self.device = model, cfg, device
         self.augment, self.view = augment, model.views[0]
-        self.labels = torch.tensor(clips["emotion"].cat.codes.to_numpy(np.int64))
-        self.classes = len(classes_of(clips))
+        self.labels = torch.tensor(clips["emotion"].cat.codes.tolist())
+        self.targets = class_targets(clips, cfg)
+        self.mixes = augment and cfg.mixup and "mixup" in model.settings
+        self.soft = self.mixes or self.targets.max() > 1
         self.frames = window_frames(cfg)
 
         # All log-mels in one tensor (all T, M); a clip is a first row and a length in frames.
@@ -1336,7 +1353,10 @@ class ClipDataset(Dataset):
         words = {key: ids[rows] for key, ids in self.words.items()}
         if self.augment and words:
             words = self.hide_words(words)
-        batch = {"label": self.labels[rows]} | words
+        label = self.labels[rows]
+        if self.soft:  # (B,) -> (B, C)
+            label = self.targets[label]
+        batch = {"label": label} | words
         batch = {key: tensor.to(self.device) for key, tensor in batch.items()}
 
         if self.mels is not None:
@@ -1344,9 +1364,9 @@ class ClipDataset(Dataset):
         if "speech" in self.model.inputs:
             heard = [self.samples[row] for row in rows]
             batch["speech"] = self.model.encode(heard, self.view, self.cfg, self.device)
-        if self.augment and self.cfg.mixup and "mixup" in self.model.settings:
-            return mix(batch, self.classes, self.cfg.mixup)
-        return batch
+        return mix(batch, self.cfg.mixup) if self.mixes else batch
+
+    __getitems__ = __getitem__  # what a loader asks for a batch
 
     def hide_words(self, words):
         """Token ids (B, L) of which WORD_DROPOUT are hidden, but no special ones."""
@@ -1397,12 +1417,18 @@ class ClipDataset(Dataset):
         return F.grid_sample(mel, grid.to(self.device).clamp(-1, 1), align_corners=True)  # as MPS can
 
 
+def class_targets(clips, cfg):
+    """What training aims at for each class, (C, C): its one-hot row, times its weight where it is rare."""
+    sizes = torch.tensor(clips["emotion"].value_counts(sort=False).tolist())
+    rarity = sizes.max() / sizes.clamp(min=1)
+    # The root: weighted in full, the few clips of a rare class outdo all others, and more answers are wrong.
+    uneven = cfg.class_weights and rarity.max() >= 3
+    return (rarity ** (uneven / 2)).diag()
+
+
 def batches_of(dataset, size, shuffle=False):
     """A loader of batches that the dataset makes whole, `size` clips each."""
-    order = SequentialSampler(dataset)
-    if shuffle:
-        order = RandomSampler(dataset)
-    return DataLoader(dataset, batch_size=None, sampler=BatchSampler(order, size, drop_last=False))
+    return DataLoader(dataset, size, shuffle, collate_fn=dict)
 
 
 def with_bar(loader, title):
@@ -1452,11 +1478,10 @@ def mask(mel):
     return mel
 
 
-def mix(batch, classes, strength):
+def mix(batch, strength):
     """Mixup (Zhang et al. 2018): every clip gets a random partner, one Beta-distributed weight a batch."""
     weight = float(torch.distributions.Beta(strength, strength).sample())
     order = torch.randperm(len(batch["label"]), device=batch["label"].device)
-    batch["label"] = F.one_hot(batch["label"], classes).float()  # (B,) -> (B, C)
     return {key: weight * value + (1 - weight) * value[order] for key, value in batch.items()}
 
 
@@ -1879,7 +1904,8 @@ class AttentionFusion(EarlyFusion):
 
 # %% 13. Training and inference
 SHARED = "seed", "sampling_rate", "trim_db", "clip_seconds", "hop_length"  # what every training depends on
-TRAINING = "batch_size", "weight_decay", "dropout", "label_smoothing", "ema_decay"  # those in epochs too
+# Those in epochs too.
+TRAINING = "batch_size", "weight_decay", "dropout", "label_smoothing", "ema_decay", "class_weights"
 
 
 def training_precision(device):
@@ -1902,9 +1928,8 @@ class Trainer:
     def __init__(self, model, cfg, steps, device):
         self.model, self.device, self.precision = model, device, training_precision(device)
         # Weight decay is for matrices; biases and norms go without.
-        trained = [p for p in model.parameters() if p.requires_grad]
-        matrices = [p for p in trained if p.ndim > 1]
-        others = [p for p in trained if p.ndim < 2]
+        matrices = [p for p in model.parameters() if p.ndim > 1]
+        others = [p for p in model.parameters() if p.ndim < 2]
         groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
 
         rate = getattr(cfg, f"learning_rate_{model.suffix}")
@@ -2629,9 +2654,8 @@ def uar_of(table):
 
 def unseen_actors(clips):
     """The actors that are validation in no fold, so that no choice has heard them."""
-    actors = sorted(clips["actor"].unique().tolist())
-    chosen_on = [fold_actors(actors, fold)[0] for fold in range(min(5, len(actors)))]
-    return sorted(set(actors).difference(*chosen_on))
+    chosen_on = [validation for validation, _ in fold_actors(clips)]
+    return sorted(set(clips["actor"]).difference(*chosen_on))
 
 
 def voices_of(table):
@@ -3220,7 +3244,7 @@ def parts_of(results):
 
 def load_docx():
     """The package that writes .docx, or a UserError that says how to have the report after all."""
-    return load_package("docx", "pip install python-docx, then --phase report makes it")
+    return load_package("docx", "pip install python-docx, then --phase report makes it", "Document")
 
 
 def write_report(results):
@@ -3326,7 +3350,7 @@ def refuse_contradictions(cfg, saved, encoder, where):
     for key in cfg.given:
         if key in FREE:
             continue
-        asked, found = getattr(cfg, key), saved[key]
+        asked, found = getattr(cfg, key), saved.get(key, "no such setting")
         same = asked == found or Path(str(asked)).resolve() == Path(str(found)).resolve()  # ./a is a
         if key == "bert_model" and encoder and Path(asked).is_dir():
             same = encoder_digest(asked) == encoder
@@ -3753,6 +3777,7 @@ def describe_split(clips, corpus, run):
     noise = f"{run.sentence_noise:.1%} dealt anew"
     left = len(corpus.clips) - len(clips)
     texts += holding({
+        "loss weighted by class": class_targets(clips.query("split == 'train'"), run).max() > 1,
         f"{plural(shared, 'actor')} in several splits": shared,
         f"{other.mean():.1%} of the clips with a sentence of another emotion ({noise})": other.any(),
         f"{plural(left, 'clip')} left out, since the bytes occur in an earlier split": left})

@@ -794,21 +794,47 @@ def test_folds_are_those_of_the_literature(fold, test, validation, all_names):
     assert actors["train"] == {*range(1, 25)} - test - validation
 
 
+def clips_by(sizes):
+    """Clips of actors, {actor: how many}, of the eight emotions in turn."""
+    actors = np.repeat([*sizes], [*sizes.values()])
+    emotions = pd.Categorical.from_codes(np.arange(len(actors)) % 8, er.EMOTIONS)
+    return pd.DataFrame({"actor": actors, "emotion": emotions})
+
+
 @settings(max_examples=50, deadline=None)
-@given(st.sets(st.integers(1, 99), min_size=3, max_size=40).map(sorted))
-def test_any_group_of_actors_is_split_without_overlap_and_each_tested_once(actors):
-    tested = []
-    for fold in range(min(5, len(actors))):
-        validation, test = er.fold_actors(actors, fold)
+@given(st.dictionaries(st.integers(1, 99), st.integers(8, 60), min_size=3, max_size=40))
+def test_any_group_of_actors_is_split_without_overlap_and_each_tested_once(sizes):
+    clips, tested = clips_by(sizes), []
+    for validation, test in er.fold_actors(clips):
         chosen = {*validation, *test}
         assert len(validation) > 0
         assert len(test) > 0
-        assert len(chosen) == len(validation) + len(test) < len(actors)
+        assert len(chosen) == len(validation) + len(test) < len(sizes)
+        tested += [*test]
+    assert sorted(tested) == sorted(sizes)
+    assert str(er.fold_actors(clips)) == str(er.fold_actors(clips.copy()))
 
-        again = er.fold_actors(list(actors), fold)
-        assert again == (validation, test)
-        tested += test
-    assert sorted(tested) == actors
+
+def test_speakers_of_very_different_size_are_dealt_into_folds_of_like_size():
+    # Every fifth speaker would test 160 clips in the first fold and 16 in each of the others.
+    sizes = {actor: 80 if actor % 5 == 1 else 8 for actor in range(101, 111)}
+    sizes |= {actor: 8 for actor in range(111, 131)}
+    clips = clips_by(sizes)
+    tested = [sum(clips["actor"].isin(test)) for _, test in er.fold_actors(clips)]
+    assert sum(tested) == len(clips)
+    assert max(tested) <= 88
+    assert min(tested) >= 72
+
+
+def test_speakers_of_like_size_are_dealt_in_turn():
+    clips = clips_by(dict.fromkeys(range(101, 113), 16))
+    _, test = er.fold_actors(clips)[1]
+    assert list(test) == [102, 107, 112]
+
+
+@pytest.mark.parametrize("sizes", [{1: 8}, {1: 8, 2: 8}, {1: 1, 2: 1, 3: 1, 4: 1}])
+def test_too_few_speakers_or_clips_have_no_folds(sizes):
+    assert er.fold_actors(clips_by(sizes)) == []
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -990,9 +1016,8 @@ def test_settings_of_simulated_sentences_are_refused_where_a_table_has_its_own()
 
 def test_one_missing_actor_of_ravdess_moves_no_other_one_to_another_fold():
     for missing in range(1, 25):
-        actors = [actor for actor in range(1, 25) if actor != missing]
-        for fold in range(5):
-            assert er.fold_actors(actors, fold) == (er.VALIDATION_ACTORS[fold], er.TEST_ACTORS[fold])
+        clips = clips_by({actor: 8 for actor in range(1, 25) if actor != missing})
+        assert er.fold_actors(clips) == [*zip(er.VALIDATION_ACTORS, er.TEST_ACTORS)]
 
 
 def test_bytes_in_two_splits_of_a_manifest_stay_in_the_first_and_that_is_said(unpublished):
@@ -1341,9 +1366,50 @@ def test_a_window_says_how_much_voice_is_in_it():
     assert windows["voiced"].tolist() == [1, 0.5, 0, 0, 0, 0, 0]
 
 
+def uneven_clips(*sizes):
+    """Clips of as many emotions as there are sizes, all training."""
+    emotions = pd.Categorical.from_codes(np.repeat(range(len(sizes)), sizes), er.EMOTIONS[:len(sizes)])
+    return pd.DataFrame({"emotion": emotions, "split": "train"})
+
+
+@pytest.mark.parametrize(("sizes", "flags", "weights"), [
+    (NINETY_SIX_AND_192, [], [1] * 8),
+    ([29, 10], [], [1, 1]),
+    ([336, 24, 12], [], [1, 14**0.5, 28**0.5]),
+    ([30, 10], [], [1, 3**0.5]),
+    ([336, 24, 12], ["--no-class-weights"], [1, 1, 1])])
+def test_rare_emotions_count_more_from_three_to_one_on(sizes, flags, weights):
+    targets = er.class_targets(uneven_clips(*sizes), er.parse_settings(flags))
+    assert torch.allclose(targets, torch.tensor(weights).float().diag())
+
+
+@pytest.mark.parametrize("kind", [er.AudioCNN, er.TextRNN])
+def test_labels_of_an_uneven_corpus_are_weighted_in_training(kind, demo):
+    cfg, clips = demo
+    kept = pd.concat([clips[clips["emotion"] == "sad"], clips[clips["emotion"] == "calm"][:2]])
+    kept = kept.assign(split="train", emotion=kept["emotion"].cat.remove_unused_categories())
+    model = kind.start({"classes": 2, "dropout": 0.4}, kept, cfg, {})
+    label = batch_of(model, kept, cfg._replace(mixup=0.0), augment=True)["label"]
+    calm, sad = label.unique(dim=0).sum(dim=0).tolist()
+    assert calm == pytest.approx((sum(kept["emotion"] == "sad") / 2)**0.5)
+    assert sad == 1
+    even = cfg._replace(mixup=0.0, class_weights=False)
+    assert batch_of(model, kept, even, augment=True)["label"].ndim == 1
+
+
+@pytest.mark.parametrize(("flags", "said"), [([], True), (["--no-class-weights"], False)])
+def test_the_audit_says_that_the_loss_is_weighted_by_class(flags, said, unpublished):
+    corpus = own_corpus(["happy", "sad"], takes=4)
+    table = pd.read_csv("own/corpus.csv")
+    rare = table[table["emotion"] == "sad"].groupby("speaker").head(1)
+    pd.concat([table[table["emotion"] == "happy"], rare]).to_csv("own/corpus.csv", index=False)
+    *_, split = data_of(*corpus, *flags)
+    assert ("loss weighted by class" in split) == said
+
+
 def test_mixup_mixes_labels_as_it_mixes_sound():
-    batch = {"label": torch.arange(8), "mel": torch.eye(8)}
-    mixed = er.mix(batch, 8, 0.3)
+    batch = {"label": torch.eye(8), "mel": torch.eye(8)}
+    mixed = er.mix(batch, 0.3)
     assert torch.equal(mixed["mel"], mixed["label"])
     sums = mixed["label"].sum(dim=1)
     assert torch.allclose(sums, torch.ones(8))
@@ -1880,13 +1946,27 @@ def test_a_list_may_be_written_loosely(folds):
     assert cfg.folds == "1"
 
 
-def test_the_arguments_of_a_notebook_kernel_are_ignored(monkeypatch):
-    kernel = ["site-packages/ipykernel_launcher.py", "-f", "kernel.json"]
-    monkeypatch.setattr(sys, "argv", kernel)
+@pytest.mark.parametrize("kernel", [
+    "site-packages/ipykernel_launcher.py -f kernel.json",
+    "site-packages/ipykernel_launcher.py --ip=127.0.0.1 --stdin=9003 --f=/run/kernel.json",
+    "site-packages/colab_kernel_launcher.py -f /root/kernel.json",
+    "site-packages/ipykernel/__main__.py -f kernel.json",
+    "site-packages/spyder_kernels/console/__main__.py -f kernel.json"])
+def test_the_arguments_of_a_kernel_are_ignored_however_it_was_started(kernel, monkeypatch):
+    monkeypatch.setattr(er, "in_kernel", lambda: True)
+    monkeypatch.setattr(sys, "argv", kernel.split())
     assert er.parse_settings() == er.parse_settings([])
-    script = ["emotion_recognition.py", "--seed", "5"]
-    monkeypatch.setattr(sys, "argv", script)
+
+
+def test_flags_given_to_the_script_count_in_a_kernel_too_and_a_mistyped_one_is_an_error(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["kernels/emotion_recognition.py", "--seed", "5", "--n-fft", "512"])
     assert er.parse_settings().seed == 5
+    monkeypatch.setattr(er, "in_kernel", lambda: True)  # as after %run in a notebook
+    assert er.parse_settings().n_fft == 512
+    monkeypatch.setattr(er, "in_kernel", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["emotion_recognition.py", "-f", "kernel.json"])
+    with pytest.raises(er.UserError, match="-f"):
+        er.parse_settings()
 
 
 @pytest.mark.parametrize(("argv", "phase"), [
@@ -3235,6 +3315,25 @@ def test_without_python_docx_only_the_docx_is_left_out(worded, undrawn, monkeypa
     er.main(["--demo", "--phase", "report"])
     assert "TextRNN" in text_of(DOCUMENT)
     assert f"Report: {DOCUMENT}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("name", "text", "load", "found"), [
+    ("docx", "from exceptions import PendingDeprecationWarning", er.load_docx, "No module named 'exceptions'"),
+    ("docx", "VERSION = 1", er.load_docx, "docx.py is another package of that name"),
+    ("whisper", "def create(path): pass", lambda: er.load_whisper("base", "cpu"),
+     "whisper.py is another package of that name"),
+    ("transformers", "", er.load_transformers, "transformers.py is another package of that name")])
+def test_a_package_that_only_has_the_right_name_is_named_with_what_to_install(
+        name, text, load, found, monkeypatch, tmp_path):
+    Path(f"{name}.py").write_text(text, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    for module in [module for module in sys.modules if module.split(".")[0] == name]:
+        monkeypatch.delitem(sys.modules, module)
+    with pytest.raises(er.UserError, match=re.escape(found)) as stop:
+        load()
+    package = {"docx": "python-docx", "whisper": "openai-whisper"}.get(name, name)
+    assert f"pip install {package}" in str(stop.value)
+    sys.modules.pop(name, None)
 
 
 def test_systems_that_were_left_out_are_shown_as_not_run(finished, undrawn, monkeypatch, capsys):
