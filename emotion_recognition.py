@@ -1068,7 +1068,7 @@ def load_package(name, advice, part="__name__"):
     """A package that may be missing or be another one, without `part`; a UserError ends with advice then."""
     try:
         package = importlib.import_module(name)
-        refuse({f"{package.__file__} is another package of that name": not hasattr(package, part)})
+        refuse({f"{package} is another package of that name": not hasattr(package, part)})
         return package
     except Exception as error:  # also when it was made for another torch
         raise UserError(f"{name} does not load beside torch {torch.__version__} ({type(error).__name__}: "

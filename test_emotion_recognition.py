@@ -3319,10 +3319,10 @@ def test_without_python_docx_only_the_docx_is_left_out(worded, undrawn, monkeypa
 
 @pytest.mark.parametrize(("name", "text", "load", "found"), [
     ("docx", "from exceptions import PendingDeprecationWarning", er.load_docx, "No module named 'exceptions'"),
-    ("docx", "VERSION = 1", er.load_docx, "docx.py is another package of that name"),
+    ("docx", "VERSION = 1", er.load_docx, "docx.py'> is another package of that name"),
     ("whisper", "def create(path): pass", lambda: er.load_whisper("base", "cpu"),
-     "whisper.py is another package of that name"),
-    ("transformers", "", er.load_transformers, "transformers.py is another package of that name")])
+     "whisper.py'> is another package of that name"),
+    ("transformers", "", er.load_transformers, "transformers.py'> is another package of that name")])
 def test_a_package_that_only_has_the_right_name_is_named_with_what_to_install(
         name, text, load, found, monkeypatch, tmp_path):
     Path(f"{name}.py").write_text(text, encoding="utf-8")
@@ -6080,6 +6080,22 @@ def test_transcripts_that_are_all_empty_are_counted_as_wrong(finished, monkeypat
     audit = read_json("outputs/audit.json")["audit"]
     assert "96 of 96 transcripts are empty." in audit
     assert any(line.startswith("Word error rate of Whisper: 100.0%") for line in audit)
+
+
+@pytest.mark.parametrize(("text", "words"), [
+    ("I don't KNOW, really_1!", ["i", "don't", "know", "really_1"]),
+    ("Ça où naïve 한국어 말", ["ça", "où", "naïve", "한국어", "말"]),
+    ("我很开心。", [*"我很开心"]),
+    ("とてもうれしい", [*"とてもうれしい"]),
+    ("カラオケ に", [*"カラオケに"]),
+    ("ฉันดีใจ", [*"ฉันดีใจ"]),
+    ("ຂ້ອຍ", [*"ຂ້ອຍ"]),
+    ("ខ្ញុំ", [*"ខ្ញុំ"]),
+    ("ကောင်း", [*"ကောင်း"]),
+    ("hello世界 ok", ["hello", "世", "界", "ok"]),
+    ("...", ["<unk>"])])
+def test_where_a_script_has_no_spaces_each_character_is_a_word(text, words):
+    assert er.words_in(text) == words
 
 
 @pytest.mark.parametrize(("statement", "heard", "wrong"), [
