@@ -2916,6 +2916,12 @@ def fetch_archive(folder):
 
 
 # %% 19. Plots
+FONTS = (  # with letters that matplotlib's own font lacks; those that are installed are used
+    "Noto Sans CJK SC,Noto Sans CJK JP,Source Han Sans SC,WenQuanYi Zen Hei,Microsoft YaHei,SimHei,"
+    "PingFang SC,Hiragino Sans,Yu Gothic,Malgun Gothic,Apple SD Gothic Neo,Noto Sans Thai,Leelawadee UI,"
+    "Tahoma,Noto Sans Devanagari,Nirmala UI,Noto Sans Arabic,Arial Unicode MS,Arial")
+
+
 def save_figure(figure, path, caveats, title="", words=True):
     """Save a figure with its title and caveats above, show it in a notebook, close it.
 
@@ -3726,6 +3732,8 @@ def describe_corpus(corpus):
         f"out: {counted(kinds)} (left_out.csv).": True,
         f"Clips per emotion: {counted(clips['emotion'])}.": True,
         f"Clips per actor: {counted(clips['actor'])}.": not unnamed,
+        "Plots show boxes for names of emotions unless a font for their script is installed, such as Noto Sans "
+        "CJK or Noto Sans Thai.": re.search("[\u0900-\U0010ffff]", "".join(classes_of(clips))),
         "No speakers are named: splits may share voices, which flatters, and intervals draw single clips, "
         "which makes them too narrow.": unnamed})
 
@@ -4110,6 +4118,9 @@ def main(argv=None):
     cfg = parse_settings(argv)
     definitions()  # now: what is edited during a run is not what it runs
     plt.rcParams["text.parse_math"] = False  # a dollar in a name is a dollar
+    plt.rcParams["font.family"] = [*dict.fromkeys(plt.rcParams["font.family"] + FONTS.split(","))]
+    plt.set_loglevel("error")  # one font in the list is enough
+    warnings.filterwarnings("ignore", "Glyph")  # one a letter and plot: describe_corpus says it once
     # Surroundings that would end in a traceback: a stderr that is closed, a console with few letters.
     sys.stderr = sys.stderr or io.StringIO()  # closed; tqdm would stumble
     if not in_kernel():

@@ -1397,6 +1397,24 @@ def test_labels_of_an_uneven_corpus_are_weighted_in_training(kind, demo):
     assert batch_of(model, kept, even, augment=True)["label"].ndim == 1
 
 
+@pytest.mark.parametrize(("emotion", "said"), [("开心", True), ("ดีใจ", True), ("खुश", True), ("fröhlich", False)])
+def test_names_in_another_script_get_one_sentence_about_fonts_and_no_warning(emotion, said, recwarn, capfd):
+    audit = data_of(*own_corpus([emotion, "sad"]))
+    assert sum("install" in sentence for sentence in audit) == said
+    assert sum("Noto Sans CJK" in sentence for sentence in audit) == said
+    assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
+    assert "findfont" not in capfd.readouterr().err
+
+
+def test_fonts_that_have_what_the_usual_one_lacks_are_used_beside_it(monkeypatch):
+    monkeypatch.setitem(er.plt.rcParams, "font.family", ["sans-serif"])
+    monkeypatch.setattr(er, "FONTS", "No such font,STIXGeneral")  # the latter comes with matplotlib
+    flags = own_corpus(["happy", "sad"])
+    for _ in range(2):  # once more: no name twice
+        data_of(*flags)
+        assert er.plt.rcParams["font.family"] == ["sans-serif", "No such font", "STIXGeneral"]
+
+
 @pytest.mark.parametrize(("flags", "said"), [([], True), (["--no-class-weights"], False)])
 def test_the_audit_says_that_the_loss_is_weighted_by_class(flags, said, unpublished):
     corpus = own_corpus(["happy", "sad"], takes=4)
