@@ -3732,8 +3732,8 @@ def describe_corpus(corpus):
         f"out: {counted(kinds)} (left_out.csv).": True,
         f"Clips per emotion: {counted(clips['emotion'])}.": True,
         f"Clips per actor: {counted(clips['actor'])}.": not unnamed,
-        "Plots show boxes for names of emotions unless a font for their script is installed, such as Noto Sans "
-        "CJK or Noto Sans Thai.": re.search("[\u0900-\U0010ffff]", "".join(classes_of(clips))),
+        "Plots show boxes for names of emotions unless a font for their script is installed, such as Noto "
+        "Sans CJK or Noto Sans Thai.": re.search("[\u0900-\U0010ffff]", "".join(classes_of(clips))),
         "No speakers are named: splits may share voices, which flatters, and intervals draw single clips, "
         "which makes them too narrow.": unnamed})
 
