@@ -3732,8 +3732,6 @@ def describe_corpus(corpus):
         f"out: {counted(kinds)} (left_out.csv).": True,
         f"Clips per emotion: {counted(clips['emotion'])}.": True,
         f"Clips per actor: {counted(clips['actor'])}.": not unnamed,
-        "Plots show boxes for names of emotions unless a font for their script is installed, such as Noto "
-        "Sans CJK or Noto Sans Thai.": re.search("[\u0900-\U0010ffff]", "".join(classes_of(clips))),
         "No speakers are named: splits may share voices, which flatters, and intervals draw single clips, "
         "which makes them too narrow.": unnamed})
 
@@ -3812,6 +3810,9 @@ def write_data(corpus, clips_of, cfg):
     from sklearn.preprocessing import LabelEncoder
     audit = describe_corpus(corpus) + describe_transcripts(corpus)
     audit += dict.fromkeys(describe_split(clips, corpus, run) for run, clips in clips_of.items())
+    audit += holding({
+        "Plots show boxes for names of emotions unless a font for their script is installed, such as Noto "
+        "Sans CJK or Noto Sans Thai.": max(str(classes_of(corpus.clips))) > "\u0900"})
     print(*audit, sep="\n")
     folder, encoder = Path(cfg.output_dir), LabelEncoder()
     encoder.classes_ = np.array(classes_of(corpus.clips))  # fit() would sort them
@@ -4120,7 +4121,7 @@ def main(argv=None):
     plt.rcParams["text.parse_math"] = False  # a dollar in a name is a dollar
     plt.rcParams["font.family"] = [*dict.fromkeys(plt.rcParams["font.family"] + FONTS.split(","))]
     plt.set_loglevel("error")  # one font in the list is enough
-    warnings.filterwarnings("ignore", "Glyph")  # one a letter and plot: describe_corpus says it once
+    warnings.filterwarnings("ignore", "Glyph")  # one a letter and plot: write_data says it once
     # Surroundings that would end in a traceback: a stderr that is closed, a console with few letters.
     sys.stderr = sys.stderr or io.StringIO()  # closed; tqdm would stumble
     if not in_kernel():
