@@ -3810,9 +3810,9 @@ def write_data(corpus, clips_of, cfg):
     from sklearn.preprocessing import LabelEncoder
     audit = describe_corpus(corpus) + describe_transcripts(corpus)
     audit += dict.fromkeys(describe_split(clips, corpus, run) for run, clips in clips_of.items())
-    audit += holding({
+    audit += [
         "Plots show boxes for names of emotions unless a font for their script is installed, such as Noto "
-        "Sans CJK or Noto Sans Thai.": max(str(classes_of(corpus.clips))) > "\u0900"})
+        "Sans CJK or Noto Sans Thai."] * (max(str(classes_of(corpus.clips))) > "\u0900")
     print(*audit, sep="\n")
     folder, encoder = Path(cfg.output_dir), LabelEncoder()
     encoder.classes_ = np.array(classes_of(corpus.clips))  # fit() would sort them
