@@ -2836,6 +2836,17 @@ def in_kernel():
 
 
 @contextlib.contextmanager
+def single_precision():
+    """What is made in here is float32, whatever a notebook has set as torch's default."""
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(usual)
+
+
+@contextlib.contextmanager
 def only_warning(but=False):
     """Say what went wrong and go on, since an answer can still be given; `but` raise it after all."""
     try:
@@ -3411,6 +3422,7 @@ class Predictor:
     the folder holds no models that can answer, AudioError when a recording cannot be read.
     """
 
+    @single_precision()
     def __init__(self, output_dir="", device="cpu", test_views=0, **settings):
         refuse({f"a Predictor knows no settings but {', '.join(ENCODERS)}": settings.keys() - set(ENCODERS)})
         if output_dir:
@@ -3450,6 +3462,7 @@ class Predictor:
         windows = self.windows(recording, sampling_rate)
         return self.over_time(windows, self.ask(windows))
 
+    @single_precision()
     def windows(self, recording, sampling_rate=None):
         """The windows of a recording as `windows_of` makes them, and `gate`; without speech `voiced` is 0."""
         try:
@@ -3480,6 +3493,7 @@ class Predictor:
         each = probabilities[(windows["start"] // 30).astype(int)]
         return each < NO_SPEECH_ABOVE, list(map("Whisper, no-speech probability {:.2f}".format, each))
 
+    @single_precision()
     def ask(self, windows):
         """What each model says to some windows, as `infer` gives it, by name; {} if there is no speech."""
         if not windows["voiced"].any():
@@ -4114,6 +4128,7 @@ def locked(cfg):
         yield
 
 
+@single_precision()
 def main(argv=None):
     """Do what the settings ask for; `argv` as on the command line. Raises UserError."""
     cfg = parse_settings(argv)

@@ -4715,6 +4715,33 @@ def test_audio_cnn_trained_anew_alone_leaves_nothing_that_was_made_with_the_old_
     assert warnings.count("with the models beside it (cnn changed)") == 4
 
 
+@pytest.fixture
+def double_precision():
+    """A notebook in which torch makes float64 by default."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    assert torch.get_default_dtype() == torch.float64
+    torch.set_default_dtype(torch.float32)
+
+
+def test_another_default_precision_in_a_notebook_changes_no_answer(copied, double_precision):
+    found = er.Predictor(OUTPUT).predict(speech(), RATE, text="I am so happy.")
+    torch.set_default_dtype(torch.float32)
+    expected = er.Predictor(OUTPUT).predict(speech(), RATE, text="I am so happy.")
+    torch.set_default_dtype(torch.float64)
+    pd.testing.assert_frame_equal(found, expected, check_exact=True)
+
+
+def test_another_default_precision_in_a_notebook_changes_no_training(unpublished, double_precision):
+    flags = [*own_corpus(["happy", "sad"]), "--run-models", "cnn"]
+    er.main([*flags, "--output-dir", "double"])
+    torch.set_default_dtype(torch.float32)
+    er.main([*flags, "--output-dir", "single"])
+    torch.set_default_dtype(torch.float64)
+    double, single = (er.read_checkpoint(config(output_dir=name), "cnn") for name in ("double", "single"))
+    assert torch.equal(double.log_probs, single.log_probs)
+
+
 def test_each_answer_says_what_its_own_words_were(copied):
     change("rnn", "words", "whisper")
     notes = answer_of_the_demo()["note"]
