@@ -3514,7 +3514,7 @@ class Predictor:
         thresholds = [self.thresholds[name] for name in names]
         table = self.table(np.concatenate([answers[name] for name in names]), thresholds, bool(log_probs))
         table["gate"] = windows["gate"][windows["voiced"].idxmax()]
-        table["note"] = list(map(self.note_of, names))
+        table["note"] = [self.note_of(name, windows) for name in names]
         table.index = pd.Index([SYSTEMS[name].title for name in names], name="model")
         return table
 
@@ -3533,11 +3533,16 @@ class Predictor:
         table["unsure"] = probabilities.max(axis=1) < thresholds
         return table.join(pd.DataFrame(probabilities, columns=self.classes))
 
-    def note_of(self, name):
-        """What must be said beside the answers of a system; "" if nothing."""
+    def note_of(self, name, windows):
+        """What must be said beside the answers of a system to some windows; "" if nothing."""
         models = {name, *SYSTEMS[name].parts} & self.checkpoints.keys()
         words = [self.checkpoints[model].words for model in models]
-        return "trained on simulated sentences" * ("simulated" in words)
+        notes = ["trained on simulated sentences"] * ("simulated" in words)
+        if "rnn" in models and "transcript" in windows:
+            _, _, *known = self.checkpoints["rnn"].spec["vocabulary"]
+            said = set(words_in(" ".join(windows["transcript"])))
+            notes += ["TextRNN knows none of these words"] * said.isdisjoint(known)
+        return ", ".join(notes)
 
 
 def recordings_in(cfg):

@@ -4742,6 +4742,17 @@ def test_another_default_precision_in_a_notebook_changes_no_training(unpublished
     assert torch.equal(double.log_probs, single.log_probs)
 
 
+@pytest.mark.parametrize(("text", "strange"), [
+    ("I am so happy.", False), ("Zxqv!", True), ("我很开心", True), ("", True)])
+def test_words_that_are_all_unknown_are_said_beside_the_answers(text, strange, finished, monkeypatch):
+    monkeypatch.chdir(finished)
+    notes = er.Predictor(OUTPUT).predict(speech(), RATE, text=text)["note"]
+    marked = notes.str.contains("TextRNN knows none of these words")
+    assert marked["TextRNN"] == strange
+    assert marked["Late fusion, RNN"] == strange
+    assert not marked[["AudioCNN", "TextBERT"]].any()
+
+
 def test_each_answer_says_what_its_own_words_were(copied):
     change("rnn", "words", "whisper")
     notes = answer_of_the_demo()["note"]
