@@ -94,7 +94,7 @@ from scipy.ndimage import maximum_filter1d, median_filter
 from scipy.signal import butter, cheby2, sosfilt, sosfiltfilt
 from scipy.special import log_softmax, softmax
 from torch import nn
-from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
+from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from tqdm.contrib.concurrent import thread_map
 
@@ -158,6 +158,7 @@ BATCH_SIZE = 32                  # clips in a batch
 WEIGHT_DECAY = 0.05              # AdamW, on weight matrices only
 DROPOUT = 0.4                    # share of features dropped before a head
 WORD_DROPOUT = 0.3               # share of words hidden in training
+CLASS_WEIGHTS = True             # rarer emotions count more in the loss, where clips are 3:1 and more
 LABEL_SMOOTHING = 0.1            # share of the target spread over all emotions
 MIXUP = 0.3                      # both parameters of the Beta distribution, 0 for none
 EMA_DECAY = 0.99                 # moving average of the weights, per step
@@ -304,8 +305,9 @@ def make_parser():
 
 def parse_settings(argv=None):
     """Settings from the constants as they are now, and from flags. Raises UserError."""
-    if argv is None:  # a kernel's arguments are not ours
-        argv = [] if "kernel_launcher" in sys.argv[0] else sys.argv[1:]
+    if argv is None:
+        # A kernel's arguments, which name a file with -f or --f=, are not ours.
+        argv = [] if in_kernel() and re.search(r"(^| )--?f\b", " ".join(sys.argv)) else sys.argv[1:]
     parser = make_parser()
     # Constants are read like flags, so that an edited constant is checked like a flag.
     values = vars(parser.parse_args([flag_of(name, globals()[name]) for name in SETTINGS]))
@@ -674,8 +676,11 @@ def split_clips(corpus, run):
     """
     clips = corpus.clips
     if corpus.split == "speaker":
-        actors = sorted(clips["actor"].unique().tolist())
-        clips = deal(clips, "actor", *fold_actors(actors, run.fold))
+        folds = fold_actors(clips)
+        refuse({f"{clips['actor'].nunique()} actor(s) cannot be split by speaker into three (fold "
+                f"{run.fold}): name more under --ravdess-path or in --manifest, lower --folds, or choose "
+                "--split random": run.fold >= len(folds)})
+        clips = deal(clips, "actor", *folds[run.fold])
     elif corpus.split == "random":
         clips = deal(clips, "digest", *random_digests(clips, run.seed))
     # Under another name, the same bytes may stand on the other side of the split.
@@ -702,16 +707,20 @@ def deal(clips, key, validation, test):
     return clips.assign(split=np.select(held_out, ["test", "validation"], "train"))
 
 
-def fold_actors(actors, fold):
-    """(validation actors, test actors) of one fold; other actors than RAVDESS's go into five groups."""
-    if len(actors) > 22 and set(actors) <= set(range(1, 25)):  # one may be missing, and folds stay
-        return VALIDATION_ACTORS[fold], TEST_ACTORS[fold]
-    # Another corpus has no published folds: every fifth speaker is tested, the next one validates.
-    groups = min(5, len(actors))
-    if groups < 3 or fold >= groups:
-        raise UserError(f"{len(actors)} actor(s) cannot be split by speaker into three (fold {fold}): name "
-                        "more under --ravdess-path or in --manifest, lower --folds, or choose --split random")
-    return actors[(fold + 1) % groups::groups], actors[fold::groups]
+def fold_actors(clips):
+    """(validation actors, test actors) of each fold; others than RAVDESS's go into up to five groups."""
+    from sklearn.model_selection import StratifiedGroupKFold
+    actors = set(clips["actor"])
+    if len(actors) > 22 and actors <= set(range(1, 25)):  # one may be missing, and folds stay
+        return [*zip(VALIDATION_ACTORS, TEST_ACTORS)]
+    groups = min(5, len(actors), clips["emotion"].value_counts().max())
+    if groups < 3:
+        return []
+
+    # Another corpus has no published folds, and speakers of any size: groups alike in clips and emotions.
+    dealt = StratifiedGroupKFold(groups).split(clips, clips["emotion"], clips["actor"])
+    tested = [clips["actor"].iloc[rows].unique() for _, rows in dealt]
+    return [*zip(tested[1:] + tested[:1], tested)]  # the next group validates
 
 
 def random_digests(clips, seed):
@@ -904,7 +913,7 @@ WITHOUT_WHISPER = "train without it: --run-models cnn,rnn,bert, simulated senten
 @functools.lru_cache(maxsize=1)
 def load_whisper(name, device):
     """(module, model) of --whisper-model, a name (downloaded once) or a checkpoint file. Raises UserError."""
-    whisper = load_package("whisper", f"pip install openai-whisper, or {WITHOUT_WHISPER}")
+    whisper = load_package("whisper", f"pip install openai-whisper, or {WITHOUT_WHISPER}", "load_model")
     place = {"cuda": "cuda"}.get(device, "cpu")  # Whisper lacks operations of MPS
     if name in whisper.available_models() and not whisper_file(name).exists():
         print(f"Whisper {name} is fetched, once (base: 147 MB)", file=sys.stderr)
@@ -1168,10 +1177,12 @@ def numbers_of(recording, rate):
     return samples.astype(np.float32), rate
 
 
-def load_package(name, advice):
-    """A package that is slow to import or may be missing; a UserError ends with advice where it is."""
+def load_package(name, advice, part="__name__"):
+    """A package that may be missing or be another one, without `part`; a UserError ends with advice then."""
     try:
-        return importlib.import_module(name)
+        package = importlib.import_module(name)
+        refuse({f"{package} is another package of that name": not hasattr(package, part)})
+        return package
     except Exception as error:  # also when it was made for another torch
         raise UserError(f"{name} does not load beside torch {torch.__version__} ({type(error).__name__}: "
                         f"{error}): {advice}") from error
@@ -1267,15 +1278,19 @@ def level_of(mel):
 
 
 # %% 8. Text features
+# Thai, Lao, Myanmar, Khmer, Kana and Han: scripts without spaces between words.
+SPACELESS = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u30ff\u3400-\u9fff\U00020000-\U0003ffff"
+
+
 def words_in(text):
-    """The lower-case words of a text; an empty transcript is one unknown word."""
-    return re.findall(r"[\w']+", text.lower()) or ["<unk>"]
+    """The lower-case words of a text, or characters where none has spaces; nothing is one unknown word."""
+    return re.findall(rf"[{SPACELESS}]|(?:(?![{SPACELESS}])[\w'])+", text.lower()) or ["<unk>"]
 
 
 def load_transformers():
     """The package, or a UserError that says how to go on without it."""
     return load_package("transformers", "pip install transformers or go without: "
-                        "--run-models cnn,rnn,fusion_rnn")
+                        "--run-models cnn,rnn,fusion_rnn", "AutoModel")
 
 
 def load_pretrained(flag, name, without, prepare):
@@ -1454,8 +1469,10 @@ class ClipDataset(Dataset):
     def __init__(self, clips, model, cfg, device, augment=False):
         self.model, self.cfg, self.device = model, cfg, device
         self.augment, self.view = augment, model.views[0]
-        self.labels = torch.tensor(clips["emotion"].cat.codes.to_numpy(np.int64))
-        self.classes = len(classes_of(clips))
+        self.labels = torch.tensor(clips["emotion"].cat.codes.tolist())
+        self.targets = class_targets(clips, cfg)
+        self.mixes = augment and cfg.mixup and "mixup" in model.settings
+        self.soft = self.mixes or self.targets.max() > 1
         self.frames = window_frames(cfg)
 
         # All log-mels in one tensor (all T, M); a clip is a first row and a length in frames.
@@ -1478,7 +1495,10 @@ class ClipDataset(Dataset):
         words = {key: ids[rows] for key, ids in self.words.items()}
         if self.augment and words:
             words = self.hide_words(words)
-        batch = {"label": self.labels[rows]} | words
+        label = self.labels[rows]
+        if self.soft:  # (B,) -> (B, C)
+            label = self.targets[label]
+        batch = {"label": label} | words
         batch = {key: tensor.to(self.device) for key, tensor in batch.items()}
 
         if self.mels is not None:
@@ -1486,9 +1506,9 @@ class ClipDataset(Dataset):
         if "speech" in self.model.inputs:
             heard = [self.samples[row] for row in rows]
             batch["speech"] = self.model.encode(heard, self.view, self.cfg, self.device)
-        if self.augment and self.cfg.mixup and "mixup" in self.model.settings:
-            return mix(batch, self.classes, self.cfg.mixup)
-        return batch
+        return mix(batch, self.cfg.mixup) if self.mixes else batch
+
+    __getitems__ = __getitem__  # what a loader asks for a batch
 
     def hide_words(self, words):
         """Token ids (B, L) of which WORD_DROPOUT are hidden, but no special ones."""
@@ -1539,12 +1559,18 @@ class ClipDataset(Dataset):
         return F.grid_sample(mel, grid.to(self.device).clamp(-1, 1), align_corners=True)  # as MPS can
 
 
+def class_targets(clips, cfg):
+    """What training aims at for each class, (C, C): its one-hot row, times its weight where it is rare."""
+    sizes = torch.tensor(clips["emotion"].value_counts(sort=False).tolist())
+    rarity = sizes.max() / sizes.clamp(min=1)
+    # The root: weighted in full, the few clips of a rare class outdo all others, and more answers are wrong.
+    uneven = cfg.class_weights and rarity.max() >= 3
+    return (rarity ** (uneven / 2)).diag()
+
+
 def batches_of(dataset, size, shuffle=False):
     """A loader of batches that the dataset makes whole, `size` clips each."""
-    order = SequentialSampler(dataset)
-    if shuffle:
-        order = RandomSampler(dataset)
-    return DataLoader(dataset, batch_size=None, sampler=BatchSampler(order, size, drop_last=False))
+    return DataLoader(dataset, size, shuffle, collate_fn=dict)
 
 
 def with_bar(loader, title):
@@ -1594,11 +1620,10 @@ def mask(mel):
     return mel
 
 
-def mix(batch, classes, strength):
+def mix(batch, strength):
     """Mixup (Zhang et al. 2018): every clip gets a random partner, one Beta-distributed weight a batch."""
     weight = float(torch.distributions.Beta(strength, strength).sample())
     order = torch.randperm(len(batch["label"]), device=batch["label"].device)
-    batch["label"] = F.one_hot(batch["label"], classes).float()  # (B,) -> (B, C)
     return {key: weight * value + (1 - weight) * value[order] for key, value in batch.items()}
 
 
@@ -2022,7 +2047,7 @@ class AttentionFusion(EarlyFusion):
 # %% 13. Training and inference
 # What every training depends on, and what those in epochs depend on too.
 SHARED = "seed", "sampling_rate", "channel", "trim_db", "clip_seconds", "hop_length"
-TRAINING = "batch_size", "weight_decay", "dropout", "label_smoothing", "ema_decay"
+TRAINING = "batch_size", "weight_decay", "dropout", "label_smoothing", "ema_decay", "class_weights"
 
 
 def training_precision(device):
@@ -2045,9 +2070,8 @@ class Trainer:
     def __init__(self, model, cfg, steps, device):
         self.model, self.device, self.precision = model, device, training_precision(device)
         # Weight decay is for matrices; biases and norms go without.
-        trained = [p for p in model.parameters() if p.requires_grad]
-        matrices = [p for p in trained if p.ndim > 1]
-        others = [p for p in trained if p.ndim < 2]
+        matrices = [p for p in model.parameters() if p.ndim > 1]
+        others = [p for p in model.parameters() if p.ndim < 2]
         groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
 
         rate = getattr(cfg, f"learning_rate_{model.suffix}")
@@ -2772,9 +2796,8 @@ def uar_of(table):
 
 def unseen_actors(clips):
     """The actors that are validation in no fold, so that no choice has heard them."""
-    actors = sorted(clips["actor"].unique().tolist())
-    chosen_on = [fold_actors(actors, fold)[0] for fold in range(min(5, len(actors)))]
-    return sorted(set(actors).difference(*chosen_on))
+    chosen_on = [validation for validation, _ in fold_actors(clips)]
+    return sorted(set(clips["actor"]).difference(*chosen_on))
 
 
 def voices_of(table):
@@ -2955,6 +2978,17 @@ def in_kernel():
 
 
 @contextlib.contextmanager
+def single_precision():
+    """What is made in here is float32, whatever a notebook has set as torch's default."""
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(usual)
+
+
+@contextlib.contextmanager
 def only_warning(but=False):
     """Say what went wrong and go on, since an answer can still be given; `but` raise it after all."""
     try:
@@ -3035,6 +3069,12 @@ def fetch_archive(folder):
 
 
 # %% 19. Plots
+FONTS = (  # with letters that matplotlib's own font lacks; those that are installed are used
+    "Noto Sans CJK SC,Noto Sans CJK JP,Source Han Sans SC,WenQuanYi Zen Hei,Microsoft YaHei,SimHei,"
+    "PingFang SC,Hiragino Sans,Yu Gothic,Malgun Gothic,Apple SD Gothic Neo,Noto Sans Thai,Leelawadee UI,"
+    "Tahoma,Noto Sans Devanagari,Nirmala UI,Noto Sans Arabic,Arial Unicode MS,Arial")
+
+
 def save_figure(figure, path, caveats, title="", words=True):
     """Save a figure with its title and caveats above, show it in a notebook, close it.
 
@@ -3363,7 +3403,7 @@ def parts_of(results):
 
 def load_docx():
     """The package that writes .docx, or a UserError that says how to have the report after all."""
-    return load_package("docx", "pip install python-docx, then --phase report makes it")
+    return load_package("docx", "pip install python-docx, then --phase report makes it", "Document")
 
 
 def write_report(results):
@@ -3469,7 +3509,7 @@ def refuse_contradictions(cfg, saved, encoder, where):
     for key in cfg.given:
         if key in FREE:
             continue
-        asked, found = getattr(cfg, key), saved[key]
+        asked, found = getattr(cfg, key), saved.get(key, "no such setting")
         same = asked == found or Path(str(asked)).resolve() == Path(str(found)).resolve()  # ./a is a
         if key == "bert_model" and encoder and Path(asked).is_dir():
             same = encoder_digest(asked) == encoder
@@ -3524,6 +3564,7 @@ class Predictor:
     the folder holds no models that can answer, AudioError when a recording cannot be read.
     """
 
+    @single_precision()
     def __init__(self, output_dir="", device="cpu", test_views=0, **settings):
         refuse({f"a Predictor knows no settings but {', '.join(ENCODERS)}": settings.keys() - set(ENCODERS)})
         if output_dir:
@@ -3559,6 +3600,7 @@ class Predictor:
         """A DataFrame with the first system's answer to each window: `start`, `end` in s, `voiced` 0 to 1."""
         return self.over_time(*self.hear(recording, sampling_rate))
 
+    @single_precision()
     def hear(self, recording, sampling_rate=None, span=WHOLE, text=None, transcribe=False):
         """(windows of a recording without their sound, log-probabilities of each model), PART by PART.
 
@@ -3615,6 +3657,7 @@ class Predictor:
         each = probabilities[(begins / self.cfg.sampling_rate // 30).astype(int)]
         return each < NO_SPEECH_ABOVE, list(map("Whisper, no-speech probability {:.2f}".format, each))
 
+    @single_precision()
     def ask(self, windows):
         """What each model says to some windows, as `infer` gives it, by name."""
         # Weights are read when they are first needed: a recording without words needs no text encoder.
@@ -3633,8 +3676,7 @@ class Predictor:
         thresholds = [self.thresholds[name] for name in names]
         table = self.table(np.concatenate([answers[name] for name in names]), thresholds, bool(log_probs))
         table["gate"] = windows["gate"][windows["voiced"].idxmax()]
-        note = windows["note"].max()
-        table["note"] = ["; ".join(filter(None, (note, self.note_of(name)))) for name in names]
+        table["note"] = [self.note_of(name, windows) for name in names]
         table.index = pd.Index([SYSTEMS[name].title for name in names], name="model")
         return table
 
@@ -3653,11 +3695,17 @@ class Predictor:
         table["unsure"] = probabilities.max(axis=1) < thresholds
         return table.join(pd.DataFrame(probabilities, columns=self.classes))
 
-    def note_of(self, name):
-        """What must be said beside the answers of a system; "" if nothing."""
-        models = {name, *SYSTEMS[name].parts} & self.checkpoints.keys()
-        words = [self.checkpoints[model].words for model in models]
-        return "trained on simulated sentences" * ("simulated" in words)
+    def note_of(self, name, windows):
+        """What must be said beside the answers of a system to some windows; "" if nothing."""
+        models = [self.checkpoints[model] for model in (name, *SYSTEMS[name].parts) if model in self.checkpoints]
+        known = set().union(*(model.spec.get("vocabulary", ()) for model in models))
+        said = words_in(" ".join(windows.get("transcript", [])))
+        sound = windows["note"].max()
+        return ", ".join(holding({
+            sound: sound,
+            "trained on simulated sentences": "simulated" in [model.words for model in models],
+            "it knows none of these words": known and said != ["<unk>"] and known.isdisjoint(said),
+        }))
 
 
 def recordings_in(cfg):
@@ -3915,6 +3963,7 @@ def describe_split(clips, corpus, run):
     noise = f"{run.sentence_noise:.1%} dealt anew"
     left = len(corpus.clips) - len(clips)
     texts += holding({
+        "loss weighted by class": class_targets(clips.query("split == 'train'"), run).max() > 1,
         f"{plural(shared, 'actor')} in several splits": shared,
         f"{other.mean():.1%} of the clips with a sentence of another emotion ({noise})": other.any(),
         f"{plural(left, 'clip')} left out, since the bytes occur in an earlier split": left})
@@ -3941,6 +3990,9 @@ def write_data(corpus, clips_of, cfg):
     from sklearn.preprocessing import LabelEncoder
     audit = describe_corpus(corpus) + describe_transcripts(corpus)
     audit += dict.fromkeys(describe_split(clips, corpus, run) for run, clips in clips_of.items())
+    audit += [
+        "Plots show boxes for names of emotions unless a font for their script is installed, such as Noto "
+        "Sans CJK or Noto Sans Thai."] * (max(str(classes_of(corpus.clips))) > "\u0900")
     print(*audit, sep="\n")
     folder, encoder = Path(cfg.output_dir), LabelEncoder()
     encoder.classes_ = np.array(classes_of(corpus.clips))  # fit() would sort them
@@ -4242,11 +4294,15 @@ def locked(cfg):
         yield
 
 
+@single_precision()
 def main(argv=None):
     """Do what the settings ask for; `argv` as on the command line. Raises UserError."""
     cfg = parse_settings(argv)
     definitions()  # now: what is edited during a run is not what it runs
     plt.rcParams["text.parse_math"] = False  # a dollar in a name is a dollar
+    plt.rcParams["font.family"] = [*dict.fromkeys(plt.rcParams["font.family"] + FONTS.split(","))]
+    plt.set_loglevel("error")  # one font in the list is enough
+    warnings.filterwarnings("ignore", "Glyph")  # one a letter and plot: write_data says it once
     # Surroundings that would end in a traceback: a stderr that is closed, a console with few letters.
     sys.stderr = sys.stderr or io.StringIO()  # closed; tqdm would stumble
     if not in_kernel():

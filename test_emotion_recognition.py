@@ -794,21 +794,47 @@ def test_folds_are_those_of_the_literature(fold, test, validation, all_names):
     assert actors["train"] == {*range(1, 25)} - test - validation
 
 
+def clips_by(sizes):
+    """Clips of actors, {actor: how many}, of the eight emotions in turn."""
+    actors = np.repeat([*sizes], [*sizes.values()])
+    emotions = pd.Categorical.from_codes(np.arange(len(actors)) % 8, er.EMOTIONS)
+    return pd.DataFrame({"actor": actors, "emotion": emotions})
+
+
 @settings(max_examples=50, deadline=None)
-@given(st.sets(st.integers(1, 99), min_size=3, max_size=40).map(sorted))
-def test_any_group_of_actors_is_split_without_overlap_and_each_tested_once(actors):
-    tested = []
-    for fold in range(min(5, len(actors))):
-        validation, test = er.fold_actors(actors, fold)
+@given(st.dictionaries(st.integers(1, 99), st.integers(8, 60), min_size=3, max_size=40))
+def test_any_group_of_actors_is_split_without_overlap_and_each_tested_once(sizes):
+    clips, tested = clips_by(sizes), []
+    for validation, test in er.fold_actors(clips):
         chosen = {*validation, *test}
         assert len(validation) > 0
         assert len(test) > 0
-        assert len(chosen) == len(validation) + len(test) < len(actors)
+        assert len(chosen) == len(validation) + len(test) < len(sizes)
+        tested += [*test]
+    assert sorted(tested) == sorted(sizes)
+    assert str(er.fold_actors(clips)) == str(er.fold_actors(clips.copy()))
 
-        again = er.fold_actors(list(actors), fold)
-        assert again == (validation, test)
-        tested += test
-    assert sorted(tested) == actors
+
+def test_speakers_of_very_different_size_are_dealt_into_folds_of_like_size():
+    # Every fifth speaker would test 160 clips in the first fold and 16 in each of the others.
+    sizes = {actor: 80 if actor % 5 == 1 else 8 for actor in range(101, 111)}
+    sizes |= {actor: 8 for actor in range(111, 131)}
+    clips = clips_by(sizes)
+    tested = [sum(clips["actor"].isin(test)) for _, test in er.fold_actors(clips)]
+    assert sum(tested) == len(clips)
+    assert max(tested) <= 88
+    assert min(tested) >= 72
+
+
+def test_speakers_of_like_size_are_dealt_in_turn():
+    clips = clips_by(dict.fromkeys(range(101, 113), 16))
+    _, test = er.fold_actors(clips)[1]
+    assert list(test) == [102, 107, 112]
+
+
+@pytest.mark.parametrize("sizes", [{1: 8}, {1: 8, 2: 8}, {1: 1, 2: 1, 3: 1, 4: 1}])
+def test_too_few_speakers_or_clips_have_no_folds(sizes):
+    assert er.fold_actors(clips_by(sizes)) == []
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -990,9 +1016,8 @@ def test_settings_of_simulated_sentences_are_refused_where_a_table_has_its_own()
 
 def test_one_missing_actor_of_ravdess_moves_no_other_one_to_another_fold():
     for missing in range(1, 25):
-        actors = [actor for actor in range(1, 25) if actor != missing]
-        for fold in range(5):
-            assert er.fold_actors(actors, fold) == (er.VALIDATION_ACTORS[fold], er.TEST_ACTORS[fold])
+        clips = clips_by({actor: 8 for actor in range(1, 25) if actor != missing})
+        assert er.fold_actors(clips) == [*zip(er.VALIDATION_ACTORS, er.TEST_ACTORS)]
 
 
 def test_bytes_in_two_splits_of_a_manifest_stay_in_the_first_and_that_is_said(unpublished):
@@ -1548,9 +1573,68 @@ def test_a_window_says_how_much_voice_is_in_it():
     assert windows["voiced"].tolist() == [1, 0.5, 0, 0, 0, 0, 0]
 
 
+def uneven_clips(*sizes):
+    """Clips of as many emotions as there are sizes, all training."""
+    emotions = pd.Categorical.from_codes(np.repeat(range(len(sizes)), sizes), er.EMOTIONS[:len(sizes)])
+    return pd.DataFrame({"emotion": emotions, "split": "train"})
+
+
+@pytest.mark.parametrize(("sizes", "flags", "weights"), [
+    (NINETY_SIX_AND_192, [], [1] * 8),
+    ([29, 10], [], [1, 1]),
+    ([336, 24, 12], [], [1, 14**0.5, 28**0.5]),
+    ([30, 10], [], [1, 3**0.5]),
+    ([336, 24, 12], ["--no-class-weights"], [1, 1, 1])])
+def test_rare_emotions_count_more_from_three_to_one_on(sizes, flags, weights):
+    targets = er.class_targets(uneven_clips(*sizes), er.parse_settings(flags))
+    assert torch.allclose(targets, torch.tensor(weights).float().diag())
+
+
+@pytest.mark.parametrize("kind", [er.AudioCNN, er.TextRNN])
+def test_labels_of_an_uneven_corpus_are_weighted_in_training(kind, demo):
+    cfg, clips = demo
+    kept = pd.concat([clips[clips["emotion"] == "sad"], clips[clips["emotion"] == "calm"][:2]])
+    kept = kept.assign(split="train", emotion=kept["emotion"].cat.remove_unused_categories())
+    model = kind.start({"classes": 2, "dropout": 0.4}, kept, cfg, {})
+    label = batch_of(model, kept, cfg._replace(mixup=0.0), augment=True)["label"]
+    calm, sad = label.unique(dim=0).sum(dim=0).tolist()
+    assert calm == pytest.approx((sum(kept["emotion"] == "sad") / 2)**0.5)
+    assert sad == 1
+    even = cfg._replace(mixup=0.0, class_weights=False)
+    assert batch_of(model, kept, even, augment=True)["label"].ndim == 1
+
+
+@pytest.mark.parametrize(("emotion", "said"), [
+    ("开心", True), ("ดีใจ", True), ("खुश", True), ("fröhlich", False)])
+def test_names_in_another_script_get_one_sentence_about_fonts_and_no_warning(emotion, said, recwarn, capfd):
+    audit = data_of(*own_corpus([emotion, "sad"]))
+    assert sum("install" in sentence for sentence in audit) == said
+    assert sum("Noto Sans CJK" in sentence for sentence in audit) == said
+    assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
+    assert "findfont" not in capfd.readouterr().err
+
+
+def test_fonts_that_have_what_the_usual_one_lacks_are_used_beside_it(monkeypatch):
+    monkeypatch.setitem(er.plt.rcParams, "font.family", ["sans-serif"])
+    monkeypatch.setattr(er, "FONTS", "No such font,STIXGeneral")  # the latter comes with matplotlib
+    flags = own_corpus(["happy", "sad"])
+    for _ in range(2):  # once more: no name twice
+        data_of(*flags)
+        assert er.plt.rcParams["font.family"] == ["sans-serif", "No such font", "STIXGeneral"]
+
+
+@pytest.mark.parametrize(("flags", "said"), [([], True), (["--no-class-weights"], False)])
+def test_the_audit_says_that_the_loss_is_weighted_by_class(flags, said, unpublished):
+    corpus = own_corpus(["happy", "sad"], takes=4)
+    table = pd.read_csv("own/corpus.csv")
+    rare = table[table["emotion"] == "sad"].groupby("speaker").head(1)
+    pd.concat([table[table["emotion"] == "happy"], rare]).to_csv("own/corpus.csv", index=False)
+    assert ("loss weighted by class" in " ".join(data_of(*corpus, *flags))) == said
+
+
 def test_mixup_mixes_labels_as_it_mixes_sound():
-    batch = {"label": torch.arange(8), "mel": torch.eye(8)}
-    mixed = er.mix(batch, 8, 0.3)
+    batch = {"label": torch.eye(8), "mel": torch.eye(8)}
+    mixed = er.mix(batch, 0.3)
     assert torch.equal(mixed["mel"], mixed["label"])
     sums = mixed["label"].sum(dim=1)
     assert torch.allclose(sums, torch.ones(8))
@@ -2087,13 +2171,27 @@ def test_a_list_may_be_written_loosely(folds):
     assert cfg.folds == "1"
 
 
-def test_the_arguments_of_a_notebook_kernel_are_ignored(monkeypatch):
-    kernel = ["site-packages/ipykernel_launcher.py", "-f", "kernel.json"]
-    monkeypatch.setattr(sys, "argv", kernel)
+@pytest.mark.parametrize("kernel", [
+    "site-packages/ipykernel_launcher.py -f kernel.json",
+    "site-packages/ipykernel_launcher.py --ip=127.0.0.1 --stdin=9003 --f=/run/kernel.json",
+    "site-packages/colab_kernel_launcher.py -f /root/kernel.json",
+    "site-packages/ipykernel/__main__.py -f kernel.json",
+    "site-packages/spyder_kernels/console/__main__.py -f kernel.json"])
+def test_the_arguments_of_a_kernel_are_ignored_however_it_was_started(kernel, monkeypatch):
+    monkeypatch.setattr(er, "in_kernel", lambda: True)
+    monkeypatch.setattr(sys, "argv", kernel.split())
     assert er.parse_settings() == er.parse_settings([])
-    script = ["emotion_recognition.py", "--seed", "5"]
-    monkeypatch.setattr(sys, "argv", script)
+
+
+def test_flags_given_to_the_script_count_in_a_kernel_too_and_a_mistyped_one_is_an_error(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["kernels/emotion_recognition.py", "--seed", "5", "--n-fft", "512"])
     assert er.parse_settings().seed == 5
+    monkeypatch.setattr(er, "in_kernel", lambda: True)  # as after %run in a notebook
+    assert er.parse_settings().n_fft == 512
+    monkeypatch.setattr(er, "in_kernel", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["emotion_recognition.py", "-f", "kernel.json"])
+    with pytest.raises(er.UserError, match="-f"):
+        er.parse_settings()
 
 
 @pytest.mark.parametrize(("argv", "phase"), [
@@ -3442,6 +3540,25 @@ def test_without_python_docx_only_the_docx_is_left_out(worded, undrawn, monkeypa
     er.main(["--demo", "--phase", "report"])
     assert "TextRNN" in text_of(DOCUMENT)
     assert f"Report: {DOCUMENT}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("name", "text", "load", "found"), [
+    ("docx", "import no_exceptions", er.load_docx, "No module named 'no_exceptions'"),
+    ("docx", "VERSION = 1", er.load_docx, "docx.py'> is another package of that name"),
+    ("whisper", "def create(path): pass", lambda: er.load_whisper("base", "cpu"),
+     "whisper.py'> is another package of that name"),
+    ("transformers", "", er.load_transformers, "transformers.py'> is another package of that name")])
+def test_a_package_that_only_has_the_right_name_is_named_with_what_to_install(
+        name, text, load, found, monkeypatch, tmp_path):
+    Path(f"{name}.py").write_text(text, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    for module in [module for module in sys.modules if module.split(".")[0] == name]:
+        monkeypatch.delitem(sys.modules, module)
+    with pytest.raises(er.UserError, match=re.escape(found)) as stop:
+        load()
+    package = {"docx": "python-docx", "whisper": "openai-whisper"}.get(name, name)
+    assert f"pip install {package}" in str(stop.value)
+    sys.modules.pop(name, None)
 
 
 def test_systems_that_were_left_out_are_shown_as_not_run(finished, undrawn, monkeypatch, capsys):
@@ -4803,6 +4920,44 @@ def test_audio_cnn_trained_anew_alone_leaves_nothing_that_was_made_with_the_old_
     assert set(answer.index) == answering(set(SHOWN) - set(FUSED))
     warnings = capsys.readouterr().err
     assert warnings.count("with the models beside it (cnn changed)") == 4
+
+
+@pytest.fixture
+def double_precision():
+    """A notebook in which torch makes float64 by default."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    assert torch.get_default_dtype() == torch.float64
+    torch.set_default_dtype(torch.float32)
+
+
+def test_another_default_precision_in_a_notebook_changes_no_answer(copied, double_precision):
+    found = er.Predictor(OUTPUT).predict(speech(), RATE, text="I am so happy.")
+    torch.set_default_dtype(torch.float32)
+    expected = er.Predictor(OUTPUT).predict(speech(), RATE, text="I am so happy.")
+    torch.set_default_dtype(torch.float64)
+    pd.testing.assert_frame_equal(found, expected, check_exact=True)
+
+
+def test_another_default_precision_in_a_notebook_changes_no_training(unpublished, double_precision):
+    flags = [*own_corpus(["happy", "sad"]), "--run-models", "cnn"]
+    er.main([*flags, "--output-dir", "double"])
+    torch.set_default_dtype(torch.float32)
+    er.main([*flags, "--output-dir", "single"])
+    torch.set_default_dtype(torch.float64)
+    double, single = (er.read_checkpoint(config(output_dir=name), "cnn") for name in ("double", "single"))
+    assert torch.equal(double.log_probs, single.log_probs)
+
+
+@pytest.mark.parametrize(("text", "strange"), [
+    ("I am so happy.", False), ("Zxqv!", True), ("我很开心", True), ("", True)])
+def test_words_that_are_all_unknown_are_said_beside_the_answers(text, strange, finished, monkeypatch):
+    monkeypatch.chdir(finished)
+    notes = er.Predictor(OUTPUT).predict(speech(), RATE, text=text)["note"]
+    marked = notes.str.contains("it knows none of these words")
+    assert marked["TextRNN"] == strange
+    assert marked["Late fusion, RNN"] == strange
+    assert not marked[["AudioCNN", "TextBERT"]].any()
 
 
 def test_each_answer_says_what_its_own_words_were(copied):
@@ -6188,6 +6343,22 @@ def test_transcripts_that_are_all_empty_are_counted_as_wrong(finished, monkeypat
     audit = read_json("outputs/audit.json")["audit"]
     assert "96 of 96 transcripts are empty." in audit
     assert any(line.startswith("Word error rate of Whisper: 100.0%") for line in audit)
+
+
+@pytest.mark.parametrize(("text", "words"), [
+    ("I don't KNOW, really_1!", ["i", "don't", "know", "really_1"]),
+    ("Ça où naïve 한국어 말", ["ça", "où", "naïve", "한국어", "말"]),
+    ("我很开心。", [*"我很开心"]),
+    ("とてもうれしい", [*"とてもうれしい"]),
+    ("カラオケ に", [*"カラオケに"]),
+    ("ฉันดีใจ", [*"ฉันดีใจ"]),
+    ("ຂ້ອຍ", [*"ຂ້ອຍ"]),
+    ("ខ្ញុំ", [*"ខ្ញុំ"]),
+    ("ကောင်း", [*"ကောင်း"]),
+    ("hello世界 ok", ["hello", "世", "界", "ok"]),
+    ("...", ["<unk>"])])
+def test_where_a_script_has_no_spaces_each_character_is_a_word(text, words):
+    assert er.words_in(text) == words
 
 
 @pytest.mark.parametrize(("statement", "heard", "wrong"), [
