@@ -289,8 +289,8 @@ def make_parser():
             continue
         key, kind = name.lower(), SETTINGS[name]
         options = {"type": functools.partial(read_number, key)}
-        if kind is str:
-            options = {"choices": ALLOWED.get(key)}
+        if kind is str:  # ~ is home, in flags and constants
+            options = {"type": os.path.expanduser, "choices": ALLOWED.get(key)}
         if kind is bool:
             options = {"action": argparse.BooleanOptionalAction}
         text = f"{text} (default: {globals()[name]})".replace("%", "%%")
@@ -388,10 +388,13 @@ class Corpus:
 
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
+FOREIGN = ("its folder has names that RAVDESS cannot have (actor above 24, statement 03 or strong neutral): "
+           "list another corpus in a --manifest")
 REASONS = {  # why a file is no clip: that of the first pattern which its name fits; "": it is one
     "other name": r"(?!([0-9]{2}-){6}[0-9]{2}\.[^.]*$)",
     "video": r"(?!03)|.*\.mp4$",
     "song": "03-02",
+    FOREIGN: "03-01-(01-02-|..-..-03|..-..-..-..-(2[5-9]|[3-9].))",
     "": "03-01-0[1-8]-0[12]-0[12]-0[12]-(?!00)",
     "a code in its name is none of RAVDESS's": "",
 }
@@ -442,10 +445,10 @@ def find_corpus(cfg):
     path = Path(cfg.ravdess_path)
     places = [path]
     if path.parent == Path("archive") and "ravdess_path" not in cfg.given:
-        cache = os.environ.get("KAGGLEHUB_CACHE", Path.home() / ".cache" / "kagglehub")
+        cache = os.environ.get("KAGGLEHUB_CACHE", os.path.expanduser("~/.cache/kagglehub"))
         places += [Path("archive"), Path("/kaggle/input"), Path(cache)]
     for place in places:
-        if "" in set(list_ravdess(place)["reason"]):
+        if list_ravdess(place)["reason"].isin(["", FOREIGN]).any():
             return place
 
     reason = "does not exist"
@@ -474,7 +477,8 @@ def audio_files(folder, suffixes=(*AUDIO_SUFFIXES, ".mp4")):
         folders[:] = [name for name in sorted(folders) if Path(root, name).resolve() not in seen
                       and not name.endswith(UNFINISHED) and (Path(root).name, name) != ("archive", "demo")]
         seen.update(Path(root, name).resolve() for name in [".", *folders])
-        paths = (Path(root, file) for file in sorted(files))
+        # Hidden files are notes of the system, such as ._a.wav.
+        paths = (Path(root, file) for file in sorted(files) if not file.startswith("."))
         yield from (path for path in paths if path.suffix.lower() in suffixes)
 
 
@@ -496,39 +500,62 @@ def list_ravdess(folder):
     files["emotion"] = pd.Categorical(files["emotion"].map(dict(enumerate(EMOTIONS, 1))), EMOTIONS)
     files["intensity"] = files["intensity"].map({1: "normal", 2: "strong"})
     files["sex"] = files["actor"].mod(2).map({0: "female", 1: "male"})
+    # Where one name is another corpus's, its neighbours' numbers fit but mean something else.
+    foreign = (files["reason"] == FOREIGN).groupby(files["path"].map(os.path.dirname)).transform("any")
+    files["reason"] = files["reason"].mask(foreign, FOREIGN)
     return files["clip path emotion actor intensity statement repetition sex reason".split()]
 
 
+SPLIT_NAMES = {"training": "train", "testing": "test", **dict.fromkeys(("dev", "val", "valid"), "validation")}
+WHOLE = (0.0, math.inf)  # the span of a clip in its file, in seconds
+
+
 def list_manifest(path):
-    """The clips that a table lists, as `list_ravdess` has them.
+    """The clips that a table lists, as `list_ravdess` has them, with the `span` of each in its file in s.
 
     Relative paths start in the table's folder. Emotions are the table's own, RAVDESS's first; a column
     speaker, split or transcript that is empty throughout counts as absent. A UserError names a bad line.
     """
     advice = "mend it or leave out --manifest"
-    table = read_table(path, ["path", "emotion"], ["speaker", "split", "transcript"], advice)
+    optional = ["speaker", "split", "transcript", "start", "end"]
+    table = read_table(path, ["path", "emotion"], optional, advice)
     # Tables come from Windows too, and "Sad " is "sad".
-    table["path"] = [PureWindowsPath(text).as_posix() for text in table["path"]]
-    table["emotion"], table["split"] = table["emotion"].str.lower(), table["split"].str.lower()
-    used = table.columns[(table != "").any()]
-    refuse_lines(path, table, table["path"], {
-        "it has no path": table["path"] == ".",  # how pathlib writes ""
-        "it has no emotion": table["emotion"] == "",
-        "{emotion!r} is the name of a column in tables of predictions": table["emotion"].isin(RESERVED),
-        "it has no speaker, and other lines have one": (table["speaker"] == "") & ("speaker" in used),
-        f"{{split!r}} is none of {', '.join(SPLITS)}": ~table["split"].isin(SPLITS) & ("split" in used),
-    }, advice)
+    table["path"] = [PureWindowsPath(os.path.expanduser(text)).as_posix() for text in table["path"]]
+    table["emotion"] = table["emotion"].str.lower()
+    table["split"] = table["split"].str.lower().replace(SPLIT_NAMES)
+    segments = ("#" + table["start"] + "-" + table["end"]).replace("#-", "")
+    table["clip"], table["span"] = table["path"] + segments, spans_of(table)
+    refuse_manifest(path, table, advice)
 
     emotions = dict.fromkeys([*EMOTIONS, *sorted(set(table["emotion"]))])
     emotion = pd.Categorical(table["emotion"], list(emotions)).remove_unused_categories()
     refuse({f"{path} has fewer than two emotions to tell apart: {advice}": len(emotion.categories) < 2})
-    files = pd.DataFrame({
-        "clip": table["path"],
-        "path": [str(Path(path).parent / clip) for clip in table["path"]],
-        "emotion": emotion,
-        "actor": numbers_if_plain(table["speaker"])})
-    own = table[used.intersection(["split", "transcript"], sort=False)]
-    return files.join(own).assign(reason="").reset_index(drop=True)
+    files = table[["clip", "span"]].assign(
+        path=[str(Path(path).parent / clip) for clip in table["path"]],
+        emotion=emotion,
+        actor=numbers_if_plain(table["speaker"]))
+    known = [name for name in ("split", "transcript") if (table[name] != "").any()]
+    return files.join(table[known]).assign(reason="").reset_index(drop=True)
+
+
+def spans_of(table):
+    """(start, end) of each line of a table in s, the whole file where it names none, NaN for other texts."""
+    texts = table[["start", "end"]].replace({"start": {"": WHOLE[0]}, "end": {"": WHOLE[1]}})
+    return list(texts.apply(pd.to_numeric, errors="coerce").itertuples(index=False, name=None))
+
+
+def refuse_manifest(path, table, advice):
+    """Raise a UserError for the first line of a manifest that is not what it should be."""
+    named, split = table["speaker"] != "", table["split"]
+    refuse_lines(path, table, table["clip"].rename("path"), {
+        "it has no path": table["path"] == ".",  # how pathlib writes ""
+        "it has no emotion": table["emotion"] == "",
+        "{emotion!r} is the name of a column in tables of predictions": table["emotion"].isin(RESERVED),
+        "it has no speaker, and other lines have one": ~named & named.any(),
+        f"{{split!r}} is none of {', '.join(SPLITS)}": ~split.isin(SPLITS) & (split != "").any(),
+        "start {start!r} and end {end!r} are not seconds in this order":
+            [not 0 <= start < end for start, end in table["span"]],
+    }, advice)
 
 
 def numbers_if_plain(actors):
@@ -538,30 +565,49 @@ def numbers_if_plain(actors):
     return actors
 
 
+def read_csv(path, advice):
+    """A csv.DictReader of a file in UTF-8 or marked UTF-16, however it is separated. Raises UserError."""
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} is not readable as CSV ({error}): {advice}") from error
+    # A guess at any other encoding would garble names.
+    text = content.decode(("utf-8-sig", "utf-16")[content[:1] in b"\xff\xfe"], "replace")
+    before, unread, _ = text.replace("\0", "\ufffd").partition("\ufffd")
+    refuse({f"{path} line {len(f'{before}.'.splitlines())} has a zero byte or is not in the encoding UTF-8, "
+            f"which Excel calls CSV UTF-8: {advice}": unread})
+
+    # Excel separates by semicolons where commas are decimal, and may say so in a line of its own.
+    text = re.sub(r'^"?sep=[^\r\n]*\s+', "", text)
+    separator = max(",;\t", key=text.partition("\n")[0].count)
+    lines = io.StringIO(text, newline="")
+    return csv.DictReader(lines, delimiter=separator, skipinitialspace=True, strict=True)
+
+
 def read_table(path, needed, optional, advice):
     """The columns of a CSV as stripped texts, indexed by line number. A UserError names a bad line."""
+    reader = read_csv(path, advice)
     try:
-        text = Path(path).read_bytes().decode("utf-8-sig")
-        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+        reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or []]
         rows = {reader.line_num: row for row in reader}  # noqa: B035, it counts
-        if "\0" in text:
-            raise ValueError("it has a zero byte")
-    except (OSError, ValueError, csv.Error) as error:
-        raise UserError(f"{path} is not readable as CSV ({error}): {advice}") from error
+    except csv.Error as error:
+        raise UserError(f"{path} line {reader.reader.line_num} is not readable as CSV ({error}; within quotes, a "
+                        f"quote is written twice): {advice}") from error
 
     # What csv lets pass, but would be read as something else than was meant.
     columns = [*needed, *optional]
-    named = [name for name in reader.fieldnames or [] if name in columns]
-    wide = next((number for number, row in rows.items() if None in row), 0)
-    refuse({f"{path} line 1 must name the columns {' and '.join(needed)}, none twice, with commas between: "
-            f"{advice}":
+    named = [name for name in reader.fieldnames if name in columns]
+    wide = next((number for number, row in rows.items() if any(row.get(None, []))), 0)
+    refuse({f"{path} line 1 must name the columns {' and '.join(needed)}, none twice: {advice}":
             not set(needed) <= set(named) or len(set(named)) < len(named),
             f"{path} line {wide}: it has more columns than line 1 (quote what has commas): {advice}": wide})
 
-    table = pd.DataFrame(list(rows.values()), list(rows), columns, dtype=object).fillna("").astype(str)
+    table = pd.DataFrame(list(rows.values()), list(rows), columns, dtype=object).fillna("")
     for name in columns:
         # Line breaks within a cell would break the tables that are written.
         plain = table[name].str.split().str.join(" ")
+        if name in ("emotion", "speaker"):  # other programs write a word where there is none
+            plain = plain.str.replace("(?i)^(<?na>?|nan|none|null)$", "", regex=True).str.normalize("NFC")
         table[name] = table[name].str.strip() if name == "path" else plain
     return table[(table != "").any(axis=1)]
 
@@ -581,18 +627,18 @@ def refuse_lines(path, table, keys, problems, advice):
 
 def load_clips(files, cfg):
     """The listed files with mel, samples and digest of their clips, or the reason why one cannot be used."""
-    def load(path):
+    def load(file):
         """What is known of a clip, or the reason."""
         try:
-            return {"reason": "", **load_clip(path, cfg)._asdict()}
+            return {"reason": "", **load_clip(file.path, cfg, span=getattr(file, "span", WHOLE))._asdict()}
         except AudioError as error:
             return {"reason": str(error)}
 
     load_torchaudio()  # now, so that an installation that does not work is one sentence
-    paths = files.loc[files["reason"] == "", "path"]
-    loaded = in_parallel(load, paths, "Reading clips")
-    loaded = pd.DataFrame(loaded, paths.index, ["reason", "mel", "samples", "digest"])
-    files.loc[paths.index, "reason"] = loaded.pop("reason")
+    listed = files[files["reason"] == ""]
+    loaded = in_parallel(load, listed.itertuples(), "Reading clips")
+    loaded = pd.DataFrame(loaded, listed.index, ["reason", "mel", "samples", "digest"])
+    files.loc[listed.index, "reason"] = loaded.pop("reason")
     return files.join(loaded)
 
 
@@ -683,10 +729,11 @@ def split_clips(corpus, run):
         there = corpus.clips.query("emotion == @emotion")
         first = "".join(there["path"][:1]) or "none"
         every = ",".join(dict.fromkeys([*names_in(run.leave_out), *(emotion for emotion, _ in lacking)]))
+        flag = ("--ravdess-path", "--manifest")[bool(run.manifest)]
         raise UserError(f"{unusable(corpus.left_out)}no {emotion} clip is left for {split}, of {len(there)} "
                         f"by {there['actor'].nunique()} speakers (the first: {first}): complete "
-                        f"{corpus.source} (see --ravdess-path and --manifest), choose other --folds, or go "
-                        f"on with --leave-out {every}")
+                        f"{corpus.source} (see {flag}), choose other --folds, or go on with "
+                        f"--leave-out {every}")
     return clips
 
 
@@ -884,9 +931,9 @@ def transcribe(clips, cfg, device):
     refuse({f"{path} holds no transcripts: delete it or name another --output-dir": type(cache) is not dict})
     # A cache by content: another checkpoint or a changed clip is transcribed anew.
     keys = model_key + " " + clips["digest"]
-    todo = clips["path"][~keys.isin(list(cache))]
-    for row in tqdm(todo.index, "Transcribing", disable=todo.empty):
-        cache[keys[row]] = transcript_of(todo[row], cfg, device)
+    todo = list(clips[~keys.isin(list(cache))].itertuples())
+    for clip in tqdm(todo, "Transcribing", disable=not todo):
+        cache[keys[clip.Index]] = transcript_of(clip.path, cfg, device, getattr(clip, "span", WHOLE))
         save(path, cache)
     return clips.assign(transcript=keys.map(cache))
 
@@ -910,7 +957,7 @@ def load_whisper(name, device):
 
 def whisper_file(name):
     """Where the weights of --whisper-model lie, or would lie once they are fetched."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "whisper")
+    cache = Path(os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache")), "whisper")
     full = {"large": "large-v3", "turbo": "large-v3-turbo"}.get(name, name)
     return Path(name) if Path(name).is_file() else cache / f"{full}.pt"
 
@@ -928,12 +975,12 @@ def decode_with_whisper(samples, cfg, device, **options):
                         f"{cfg.whisper_model} ({error}): try --whisper-language en") from error
 
 
-def transcript_of(source, cfg, device):
-    """What Whisper hears in the first 30 s of a recording, greedily. Raises UserError.
+def transcript_of(source, cfg, device, span=WHOLE):
+    """What Whisper hears in the first 30 s of a recording or of a span of it, greedily. Raises UserError.
 
     "" where Whisper's own limits say that it made words out of silence.
     """
-    result = decode_with_whisper(load_samples(source, 16000)[0], cfg, device)
+    result = decode_with_whisper(load_samples(source, 16000, span=span)[0], cfg, device)
     # Words that Whisper makes out of silence or repeats without end are no transcript.
     silent = result.no_speech_prob > 0.6 and result.avg_logprob < -1.0
     return "" if silent or result.compression_ratio > 2.4 else result.text.strip()
@@ -960,19 +1007,24 @@ class Silence(AudioError):
 Clip = namedtuple("Clip", "mel samples start digest")  # (T, M), (n,), s cut off before, key of the bytes
 
 
-def load_clip(source, cfg, rate=0):
+def load_clip(source, cfg, rate=0, span=WHOLE):
     """Log-mel spectrogram and samples of a recording without its silent ends, as a Clip. Raises AudioError.
 
     `source` is the path of a file, or an array of samples at `rate` Hz, of shape (n,), (n, channels) or
     (channels, n).
     """
-    samples, start, key = load_samples(source, cfg.sampling_rate, cfg.trim_db, rate)
+    samples, start, key = load_samples(source, cfg.sampling_rate, cfg.trim_db, rate, span)
     return Clip(log_mel(samples, cfg), samples, start, key)
 
 
-def load_samples(source, rate, trim_db=math.inf, own_rate=0):
+def load_samples(source, rate, trim_db=math.inf, own_rate=0, span=WHOLE):
     """(float32 samples (n,) at `rate` Hz without silent ends, their start in s, key). Raises AudioError."""
     samples, own_rate, key = read_sound(source, own_rate)
+    if span != WHOLE:
+        first, last = (round(min(second * own_rate, len(samples))) for second in span)
+        samples, key = samples[first:last], digest(key, span)
+        if first >= last or span[1] * own_rate > last + own_rate / 10 and span[1] < math.inf:
+            raise AudioError(f"its segment from {span[0]:g} to {span[1]:g} s is not within the recording")
     # What is wrong with the numbers, before anything is computed with them.
     peak = np.abs(samples).max(initial=0)
     if peak < 1e-4:
@@ -3500,8 +3552,8 @@ def recordings_in(cfg):
     """The files of --input, a recording or a folder of them. Raises UserError when there are none."""
     path = Path(cfg.input)
     files = [path]
-    if not path.is_file():  # hidden files are notes of the system, such as ._a.wav
-        files = sorted(file for file in audio_files(cfg.input, RECORDINGS) if not file.name.startswith("."))
+    if not path.is_file():
+        files = sorted(audio_files(cfg.input, RECORDINGS))
     reason = "holds no recordings" if path.exists() else "does not exist"
     refuse({f"--input {cfg.input!r} {reason}: name a recording or a folder of them": not files})
     return files
@@ -3748,11 +3800,13 @@ def describe_split(clips, corpus, run):
         who = f" of actors {' '.join(map(str, actors))}" * bool(actors)
         texts.append(f"{split} {sum(clips['split'] == split)} clips{who}")
 
+    segments = [span for span in clips.get("span", []) if span != WHOLE]
     shared = sum(named.groupby("actor")["split"].nunique() > 1)
     other = clips["emotion"] != clips.get("sentence_emotion", clips["emotion"])
     noise = f"{run.sentence_noise:.1%} dealt anew"
     left = len(corpus.clips) - len(clips)
     texts += holding({
+        f"{plural(len(segments), 'segment')} of files": segments,
         f"{plural(shared, 'actor')} in several splits": shared,
         f"{other.mean():.1%} of the clips with a sentence of another emotion ({noise})": other.any(),
         f"{plural(left, 'clip')} left out, since the bytes occur in an earlier split": left})
