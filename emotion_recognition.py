@@ -427,7 +427,7 @@ def read_corpus(cfg):
     asked = not {"sentence_noise", "sentences_csv"}.isdisjoint(cfg.given)
     refuse({f"--sentence-noise and --sentences-csv are for simulated sentences, which {name} does not use: "
             "leave them out": asked and words != "simulated"})
-    return Corpus(name, str(source), clips, left_out, split, words, caveats_of(split, words, cfg))
+    return Corpus(name, str(source), clips, left_out, split, words, caveats_of(clips, split, words, cfg))
 
 
 def without_emotions(files, cfg):
@@ -684,15 +684,21 @@ def words_kind(clips, cfg):
             "--sentences-csv or --no-use-simulated-sentences")
 
 
-def caveats_of(split, words, cfg):
+def caveats_of(clips, split, words, cfg):
     """What every page, plot and table must say about how its figures came to be."""
     noise = f", noise {cfg.sentence_noise}" * bool(cfg.sentence_noise)
     return tuple(holding({
         "synthetic demo corpus: the figures mean nothing": cfg.demo,
         f"text: simulated sentences (oracle{noise})": words == "simulated",
         f"without {', '.join(names_in(cfg.leave_out))}": cfg.leave_out,
+        "validation: every fifth speaker of the manifest's training split": lacks_validation(clips),
         "random split: speakers shared between splits": split == "random",
         "split of the manifest: speakers shared between splits or unknown": split == "shared"}))
+
+
+def lacks_validation(clips):
+    """Whether a split of the manifest has train and test only, as most corpora are published."""
+    return "split" in clips and "validation" not in set(clips["split"])
 
 
 def classes_of(clips):
@@ -718,6 +724,10 @@ def split_clips(corpus, run):
         clips = deal(clips, "actor", *fold_actors(actors, run.fold))
     elif corpus.split == "random":
         clips = deal(clips, "digest", *random_digests(clips, run.seed))
+    elif lacks_validation(clips):
+        speakers = sorted(set(clips.query("split == 'train'")["actor"]))[1::5]
+        taken = clips.eval("split == 'train' and actor in @speakers")
+        clips = clips.assign(split=clips["split"].mask(taken, "validation"))
     # Under another name, the same bytes may stand on the other side of the split.
     order = clips["split"].map(SPLITS.index)
     clips = clips[order == order.groupby(clips["digest"]).transform("min")].reset_index(drop=True)
@@ -2378,8 +2388,9 @@ def train_system(cfg, name, clips, corpus, device):
     windows, words = windows_of(clips, cfg), corpus.words * reads_words(name)
     traits = windows[["clip", "split", "emotion", "voiced", "digest"]].astype({"emotion": str})
     checkpoint = Checkpoint(
-        name, model.spec, model.state_dict(), classes_of(clips), words, caveats_of(corpus.split, words, cfg),
-        cfg._asdict(), fingerprint, history, traits.to_dict("list"), infer(model, windows, cfg, device))
+        name, model.spec, model.state_dict(), classes_of(clips), words,
+        caveats_of(corpus.clips, corpus.split, words, cfg), cfg._asdict(), fingerprint, history,
+        traits.to_dict("list"), infer(model, windows, cfg, device))
     with replacing(path) as temporary:
         torch.save(checkpoint._asdict(), temporary)
         if path.exists():  # now that the new one is whole

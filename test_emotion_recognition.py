@@ -5176,6 +5176,19 @@ def test_a_split_of_the_manifest_is_kept_and_shared_speakers_are_counted(tested,
     assert audit["caveats"] == caveats
 
 
+@pytest.mark.parametrize("written_as", ["train", "training"])
+def test_a_split_without_validation_takes_speakers_of_training_and_every_page_says_so(written_as, unpublished):
+    flags = own_corpus(
+        ["sad", "odd"], ["ann", "bob", "cy", "dee"],
+        split=lambda _, speaker, __: "test" if speaker == "dee" else written_as)
+    audit = data_of(*flags)
+    clips = pd.read_csv("outputs/clips.csv")
+    assert clips.groupby("split")["actor"].unique().map(sorted).to_dict() == {
+        "train": ["ann", "cy"], "validation": ["bob"], "test": ["dee"]}
+    assert set(clips["caveats"]) == {"validation: every fifth speaker of the manifest's training split"}
+    assert "validation 2 clips of actors bob" in audit[-1]
+
+
 def test_without_speakers_the_split_is_random_and_everything_says_so(unpublished):
     command = own_corpus(
         ["sad", "happy"],
@@ -7175,7 +7188,7 @@ ONE_SENTENCE = {  # what is wrong: (command line, what the sentence must name, h
         f"{OWN_CSV} --split speaker", "m.csv has no column speaker|--split",
         third_of_sound("b.wav,sad", header="path,emotion,a,b")),
     "manifest, a split empty": (
-        "--manifest own/corpus.csv --run-models cnn", "no happy|for validation|(see --manifest)",
+        "--manifest own/corpus.csv --run-models cnn", "no happy|for test|(see --manifest)",
         lambda _: own_corpus(["happy", "sad"], split=lambda *_: "train")),
     "manifest, two speakers": (
         "--manifest own/corpus.csv --run-models cnn", "2 actor|--manifest|--split",
