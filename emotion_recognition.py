@@ -121,6 +121,7 @@ SEED = 42                        # seed of initialisation, order, augmentation a
 RUNS = 1                         # trainings of every fold, with SEED, SEED + 1, ...
 # Splits
 LEAVE_OUT = ""                   # emotions to do without, comma-separated: calm,disgust
+MERGE = ""                       # emotions to count as others, in pairs: calm=neutral,boredom=sad
 SPLIT = "speaker"                # speaker: no actor in two splits; random: by clip (optimistic)
 FOLDS = "0"                      # which fifth of the actors is tested; 0,1,2,3,4: cross-validation
 TEST_VIEWS = 5                   # slightly different readings of a clip that are averaged; 1: one
@@ -181,7 +182,7 @@ ALLOWED = {  # texts: one of them; numbers: least and most, floats if written so
     "speech_c": (1e-9, 1e6),
     **dict.fromkeys(map("learning_rate_{}".format, ("cnn", "rnn", "bert", "fusion")), (0.0, 1e6)),
 }
-LISTS = "run_models", "folds", "leave_out"  # texts of comma-separated names
+LISTS = "run_models", "folds", "leave_out", "merge"  # texts of comma-separated names
 DEMO_SETTINGS = {
     "epochs_cnn": 8,
     "epochs_fusion": 4,
@@ -191,6 +192,10 @@ DEMO_SETTINGS = {
     "whisper_model": "archive/demo/whisper.pt",
 }
 EMOTIONS = ["neutral", "calm", "happy", "sad", "angry", "fearful", "disgust", "surprised"]  # in code order
+SYNONYMS = {  # what other corpora call them
+    "anger": "angry", "disgusted": "disgust", "fear": "fearful", "happiness": "happy", "joy": "happy",
+    "sadness": "sad", "surprise": "surprised", "pleasant surprise": "surprised",
+}
 SPLITS = "train", "validation", "test"
 
 
@@ -407,11 +412,14 @@ RESERVED = {  # columns of tables: names that no emotion may have
 }
 
 
-def read_corpus(cfg):
-    """The corpus that the settings name, with features. Raises UserError."""
+def read_corpus(cfg, known=()):
+    """The corpus that the settings name, with features. Raises UserError.
+
+    --merge may name emotions of the corpus and `known` ones.
+    """
     source = cfg.manifest or find_corpus(cfg)
     files = list_manifest(source) if cfg.manifest else list_ravdess(source)
-    files = load_clips(without_emotions(files, cfg), cfg)
+    files = load_clips(without_emotions(merged(files, cfg, known), cfg), cfg)
 
     # A copy under the same name counts once, and a damaged first copy does not hide a good second one.
     copies = files.duplicated(["clip", "reason"]) & (files["reason"] == "")
@@ -428,6 +436,20 @@ def read_corpus(cfg):
     refuse({f"--sentence-noise and --sentences-csv are for simulated sentences, which {name} does not use: "
             "leave them out": asked and words != "simulated"})
     return Corpus(name, str(source), clips, left_out, split, words, caveats_of(clips, split, words, cfg))
+
+
+def merged(files, cfg, known):
+    """Listed files with their emotions as --merge names them. Raises UserError."""
+    # Models that know some emotions know them by other words too.
+    pairs = {word: name for word, name in SYNONYMS.items() if known and word not in known}
+    pairs |= (map(str.strip, pair.partition("=")[::2]) for pair in names_in(cfg.merge.lower()))
+    classes = classes_of(files)
+    every = list(dict.fromkeys([*EMOTIONS, *classes, *known]))
+    refuse({f"--merge {cfg.merge} is not a list of pairs such as calm=neutral, of {', '.join(every)}":
+            not {*pairs, *pairs.values()} <= {*every, *SYNONYMS}})
+    names = {name: pairs.get(name, name) for name in classes}
+    there = [name for name in every if name in names.values()]
+    return files.assign(emotion=pd.Categorical(files["emotion"].astype(object).map(names), there))
 
 
 def without_emotions(files, cfg):
@@ -591,8 +613,8 @@ def read_table(path, needed, optional, advice):
         reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or []]
         rows = {reader.line_num: row for row in reader}  # noqa: B035, it counts
     except csv.Error as error:
-        raise UserError(f"{path} line {reader.reader.line_num} is not readable as CSV ({error}; within quotes, a "
-                        f"quote is written twice): {advice}") from error
+        raise UserError(f"{path} line {reader.reader.line_num} is not readable as CSV ({error}; within "
+                        f"quotes, a quote is written twice): {advice}") from error
 
     # What csv lets pass, but would be read as something else than was meant.
     columns = [*needed, *optional]
@@ -691,6 +713,7 @@ def caveats_of(clips, split, words, cfg):
         "synthetic demo corpus: the figures mean nothing": cfg.demo,
         f"text: simulated sentences (oracle{noise})": words == "simulated",
         f"without {', '.join(names_in(cfg.leave_out))}": cfg.leave_out,
+        f"merged: {cfg.merge}": cfg.merge,
         "validation: every fifth speaker of the manifest's training split": lacks_validation(clips),
         "random split: speakers shared between splits": split == "random",
         "split of the manifest: speakers shared between splits or unknown": split == "shared"}))
@@ -731,7 +754,12 @@ def split_clips(corpus, run):
     # Under another name, the same bytes may stand on the other side of the split.
     order = clips["split"].map(SPLITS.index)
     clips = clips[order == order.groupby(clips["digest"]).transform("min")].reset_index(drop=True)
+    refuse_gaps(clips, corpus, run)
+    return clips
 
+
+def refuse_gaps(clips, corpus, run):
+    """Raise a UserError that names the first emotion which a split has no clips of."""
     # Eight emotions that silently become seven would be another task.
     used = set(zip(clips["emotion"], clips["split"]))
     lacking = [pair for pair in itertools.product(classes_of(clips), SPLITS) if pair not in used]
@@ -744,7 +772,6 @@ def split_clips(corpus, run):
                         f"by {there['actor'].nunique()} speakers (the first: {first}): complete "
                         f"{corpus.source} (see {flag}), choose other --folds, or go on with "
                         f"--leave-out {every}")
-    return clips
 
 
 def deal(clips, key, validation, test):
@@ -4061,24 +4088,26 @@ def evaluate_phase(cfg):
     folder = predictor.cfg.output_dir
     # Features are kept, beside one's own results and not where the file lies.
     predictor.cfg = predictor.cfg._replace(phase="evaluate", output_dir=cfg.output_dir)
-    encoder, saved = encoder_of(predictor.checkpoints), predictor.cfg._replace(manifest=cfg.manifest)
+    encoder = encoder_of(predictor.checkpoints)
+    saved = predictor.cfg._replace(manifest=cfg.manifest, merge=cfg.merge)
     refuse_contradictions(cfg, saved._asdict(), encoder, folder)
     # The features are those of the training, the corpus is another one.
     work = saved._replace(
         phase="evaluate", output_dir=evaluation_folder(cfg), given=cfg.given, split="speaker", folds="0",
         runs=1, demo=False, fusion="both", use_simulated_sentences=False, leave_out="")
-    whole = read_corpus(work)
+    whole = read_corpus(work, predictor.classes)
     corpus = shared_emotions(whole, predictor.classes, cfg)
     classes, emotions = classes_of(corpus.clips), whole.clips["emotion"]
     unknown = counted(emotions[~emotions.isin(classes)])
     audit = [*describe_corpus(whole),
-             f"Emotions compared: {', '.join(classes)}. Clips left out, unknown to the models: {unknown}.",
+             f"Emotions compared: {', '.join(classes)} (also called {', '.join(SYNONYMS)}).",
+             f"Clips left out, unknown to the models: {unknown}. (--merge NAME=EMOTION counts them.)",
              "Temperatures and fusion weights are those of the training; adapted takes something of these "
              "clips, mean and deviation. Probabilities are renormalised over the emotions that both know."]
     print(*audit, sep="\n")
     save_table(Path(work.output_dir, "left_out.csv"), whole.left_out, predictor.caveats)
     write_results(work, corpus, {}, elsewhere(predictor, corpus), pd.DataFrame(columns=["system"]),
-                  caveats=caveats_elsewhere(predictor, corpus, folder), encoder=encoder, audit=audit,
+                  caveats=caveats_elsewhere(predictor, corpus, folder, cfg), encoder=encoder, audit=audit,
                   calibration={"training": predictor.calibration}, command=command_of(cfg))
 
 
@@ -4095,19 +4124,21 @@ def shared_emotions(corpus, classes, cfg):
     """A corpus without the clips whose emotion is none of `classes`, all of it test. Raises UserError."""
     shared = [emotion for emotion in classes if emotion in classes_of(corpus.clips)]
     refuse({f"{cfg.manifest} has {', '.join(shared) or 'no emotion'} in common with the models of "
-            f"{cfg.output_dir}, fewer than two of {', '.join(classes)}: see --manifest": len(shared) < 2})
+            f"{cfg.output_dir}, fewer than two of {', '.join(classes)}: see --manifest and --merge":
+            len(shared) < 2})
     clips = corpus.clips[corpus.clips["emotion"].isin(shared)].reset_index(drop=True)
     clips = clips.assign(split="test", emotion=clips["emotion"].cat.set_categories(shared))
     words = "manifest" if "transcript" in clips else f"{cfg.manifest} has no column transcript"
     return replace(corpus, clips=clips, words=words, split="manifest")
 
 
-def caveats_elsewhere(predictor, corpus, folder):
+def caveats_elsewhere(predictor, corpus, folder, cfg):
     """What every page must say of trained models on another corpus, also which clips they know, by bytes."""
     windows = pd.DataFrame(next(iter(predictor.checkpoints.values())).windows).query("split != 'test'")
     known = sum(corpus.clips["digest"].isin(windows["digest"]))
     caveats = holding({
         f"models of {folder} on another corpus": True,
+        f"merged: {cfg.merge}": cfg.merge,
         f"{known} of these {len(corpus.clips)} clips are known from training: the figures flatter": known})
     return caveats + [f"in training: {caveat}" for caveat in predictor.caveats]
 

@@ -5177,7 +5177,7 @@ def test_a_split_of_the_manifest_is_kept_and_shared_speakers_are_counted(tested,
 
 
 @pytest.mark.parametrize("written_as", ["train", "training"])
-def test_a_split_without_validation_takes_speakers_of_training_and_every_page_says_so(written_as, unpublished):
+def test_a_split_without_validation_takes_speakers_of_training_and_says_so(written_as, unpublished):
     flags = own_corpus(
         ["sad", "odd"], ["ann", "bob", "cy", "dee"],
         split=lambda _, speaker, __: "test" if speaker == "dee" else written_as)
@@ -5433,6 +5433,34 @@ def scored(finished, tmp_path_factory):
         own_corpus(["sad", "odd", "happy"], [7, 8], transcript=lambda emotion, *_: f"It is {emotion}.")
         evaluate(*TINY)
     return folder
+
+
+def test_emotions_that_are_merged_are_one_and_every_page_says_so(few_clips, unpublished):
+    unpacked(few_clips)
+    audit = data_of("--ravdess-path", "corpus", "--merge", "calm=Neutral, disgust = angry")
+    assert "Clips per emotion: neutral 6, happy 3, sad 3, angry 6, fearful 3, surprised 3." in audit
+    assert "merged: calm=Neutral,disgust = angry" in read_json("outputs/audit.json")["caveats"]
+    clips = pd.read_csv("outputs/clips.csv")
+    assert set(clips.loc[clips["clip"].str.contains("03-01-02-"), "emotion"]) == {"neutral"}
+
+
+@pytest.mark.parametrize("wrong", ["clam=sad", "calm=nothing", "calm", "calm=", "=calm", "calm=sad=happy"])
+def test_a_merge_of_unknown_names_lists_what_there_is(few_clips, wrong):
+    unpacked(few_clips)
+    sentence = refusal_of("--ravdess-path", "corpus", "--merge", wrong)
+    assert sentence.startswith(f"--merge {wrong} is not a list of pairs such as calm=neutral")
+    assert sentence.endswith(f"of {', '.join(er.EMOTIONS)}")
+
+
+def test_other_words_for_the_emotions_of_the_models_count_as_them(copied, unpublished):
+    own_corpus(["happiness", "anger", "boredom", "odd"], [7])
+    results = evaluate("--merge", "boredom=sad")
+    assert results.config["classes"] == ["happy", "sad", "angry"]
+    assert "merged: boredom=sad" in results.config["caveats"]
+    audit = " ".join(results.config["audit"])
+    assert "Clips per emotion: happy 1, sad 1, angry 1, odd 1." in audit
+    assert "also called anger" in audit
+    assert "unknown to the models: odd 1. (--merge" in audit
 
 
 @pytest.fixture
