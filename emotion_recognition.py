@@ -555,7 +555,7 @@ def list_manifest(path):
     files = table[["clip", "span"]].assign(
         path=[str(Path(path).parent / clip) for clip in table["path"]],
         emotion=emotion,
-        actor=numbers_if_plain(table["speaker"]))
+        actor=numbers_if_plain(one_spelling(table["speaker"])))
     known = [name for name in ("split", "transcript") if (table[name] != "").any()]
     return files.join(table[known]).assign(reason="").reset_index(drop=True)
 
@@ -569,7 +569,9 @@ def spans_of(table):
 def refuse_manifest(path, table, advice):
     """Raise a UserError for the first line of a manifest that is not what it should be."""
     named, split = table["speaker"] != "", table["split"]
-    refuse_lines(path, table, table["clip"].rename("path"), {
+    # Two spellings may name one file.
+    files = table["path"].map(Path(path).parent.joinpath).map(os.path.realpath).str.normalize("NFC")
+    refuse_lines(path, table, (files + table["span"].map(str)).rename("path"), {
         "it has no path": table["path"] == ".",  # how pathlib writes ""
         "it has no emotion": table["emotion"] == "",
         "{emotion!r} is the name of a column in tables of predictions": table["emotion"].isin(RESERVED),
@@ -578,6 +580,12 @@ def refuse_manifest(path, table, advice):
         "start {start!r} and end {end!r} are not seconds in this order":
             [not 0 <= start < end for start, end in table["span"]],
     }, advice)
+
+
+def one_spelling(names):
+    """A column of names in which those that look the same are: Ann is ann, and 7 is 07 and 7.0."""
+    alike = names.str.casefold().str.replace(r"\.0$|(?<![\d.])0+(?=\d)", "", regex=True)
+    return names.groupby(alike).transform("first")
 
 
 def numbers_if_plain(actors):
