@@ -762,24 +762,47 @@ def split_clips(corpus, run):
     # Under another name, the same bytes may stand on the other side of the split.
     order = clips["split"].map(SPLITS.index)
     clips = clips[order == order.groupby(clips["digest"]).transform("min")].reset_index(drop=True)
-    refuse_gaps(clips, corpus, run)
     return clips
 
 
-def refuse_gaps(clips, corpus, run):
-    """Raise a UserError that names the first emotion which a split has no clips of."""
+def refuse_gaps(corpus, runs):
+    """Raise a UserError that names the first emotion of which a split of some run has no clips."""
     # Eight emotions that silently become seven would be another task.
-    used = set(zip(clips["emotion"], clips["split"]))
-    lacking = [pair for pair in itertools.product(classes_of(clips), SPLITS) if pair not in used]
-    for emotion, split in lacking[:1]:
-        there = corpus.clips.query("emotion == @emotion")
+    for emotion, split in gaps_in(corpus, runs)[:1]:
+        run, there = runs[0], corpus.clips.query("emotion == @emotion")
         first = "".join(there["path"][:1]) or "none"
-        every = ",".join(dict.fromkeys([*names_in(run.leave_out), *(emotion for emotion, _ in lacking)]))
         flag = ("--ravdess-path", "--manifest")[bool(run.manifest)]
+        advice = f"complete {corpus.source} (see {flag})"
+        with contextlib.suppress(UserError):
+            every = ",".join([*names_in(run.leave_out), *superfluous(corpus, runs)])
+            advice += f", choose other --folds, or go on with --leave-out {every}"
         raise UserError(f"{unusable(corpus.left_out)}no {emotion} clip is left for {split}, of {len(there)} "
-                        f"by {there['actor'].nunique()} speakers (the first: {first}): complete "
-                        f"{corpus.source} (see {flag}), choose other --folds, or go on with "
-                        f"--leave-out {every}")
+                        f"by {there['actor'].nunique()} speakers (the first: {first}): {advice}")
+
+
+def gaps_in(corpus, runs):
+    """The pairs of an emotion and a split that have no clips in some run."""
+    gaps = []
+    for run in runs:
+        clips = split_clips(corpus, run)
+        used = set(zip(clips["emotion"], clips["split"]))
+        gaps += [pair for pair in itertools.product(classes_of(clips), SPLITS) if pair not in used]
+    return gaps
+
+
+def superfluous(corpus, runs):
+    """The emotions to leave out so that every split of all runs has clips of each of the others.
+
+    Raises UserError when too few emotions or speakers would be left.
+    """
+    unwanted = list(dict.fromkeys(emotion for emotion, _ in gaps_in(corpus, runs)))
+    if not unwanted:
+        return []
+    # Without them other speakers may be left, and so other folds.
+    run = runs[0]._replace(leave_out=",".join(unwanted))
+    files = without_emotions(corpus.clips.assign(reason=""), run)
+    rest = replace(corpus, clips=files[files["reason"] == ""])
+    return unwanted + superfluous(rest, runs)
 
 
 def deal(clips, key, validation, test):
@@ -4033,6 +4056,7 @@ def train_phase(cfg):
         corpus = replace(corpus, clips=transcribe(corpus.clips, cfg, device))
 
     # First the splits of all runs: a fold that cannot be ends it here.
+    refuse_gaps(corpus, runs_of(cfg))
     clips_of = {run: add_transcripts(split_clips(corpus, run), corpus, run) for run in runs_of(cfg)}
     audit = write_data(corpus, clips_of, cfg)
     if cfg.phase == "data":

@@ -1001,6 +1001,21 @@ def test_leaving_out_adds_up_where_another_emotion_is_missing_too(few_clips):
     assert sentence.endswith("--leave-out calm,disgust")
 
 
+@pytest.mark.parametrize("folds", ["0", "3", "0,1,2,3,4"])
+def test_the_emotions_to_leave_out_that_a_sentence_proposes_make_every_fold_whole(folds, unpublished):
+    flags = [*own_corpus(["happy", "sad", "odd", "weird", "shy"], range(1, 8)), "--folds", folds]
+    table = pd.read_csv("own/corpus.csv")
+    few = {"odd": [2], "weird": [1, 5], "shy": [1, 3, 4, 7]}
+    lacking = [speaker not in few.get(emotion, [speaker])
+               for emotion, speaker in zip(table["emotion"], table["speaker"])]
+    table[~np.array(lacking)].to_csv("own/corpus.csv", index=False)
+
+    sentence = refusal_of(*flags)
+    assert "--manifest" in sentence and "--ravdess-path" not in sentence
+    assert "odd" in sentence.split("--leave-out ")[1]
+    data_of(*flags, "--leave-out", sentence.split("--leave-out ")[1])
+
+
 def test_settings_of_simulated_sentences_are_refused_where_a_table_has_its_own():
     flags = own_corpus(["happy", "sad"], transcript=lambda emotion, *_: f"It is {emotion}.")
     sentence = refusal_of(*flags, "--sentence-noise", "0.5")
