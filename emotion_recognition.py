@@ -123,6 +123,7 @@ SEED = 42                        # seed of initialisation, order, augmentation a
 RUNS = 1                         # trainings of every fold, with SEED, SEED + 1, ...
 # Splits
 LEAVE_OUT = ""                   # emotions to do without, comma-separated: calm,disgust
+MERGE = ""                       # emotions to count as others, in pairs: calm=neutral,boredom=sad
 SPLIT = "speaker"                # speaker: no actor in two splits; random: by clip (optimistic)
 FOLDS = "0"                      # which fifth of the actors is tested; 0,1,2,3,4: cross-validation
 TEST_VIEWS = 5                   # slightly different readings of a clip that are averaged; 1: one
@@ -186,7 +187,7 @@ ALLOWED = {  # texts: one of them; numbers: least and most, floats if written so
     "speech_c": (1e-9, 1e6),
     **dict.fromkeys(map("learning_rate_{}".format, ("cnn", "rnn", "bert", "fusion")), (0.0, 1e6)),
 }
-LISTS = "run_models", "folds", "leave_out"  # texts of comma-separated names
+LISTS = "run_models", "folds", "leave_out", "merge"  # texts of comma-separated names
 DEMO_SETTINGS = {
     "epochs_cnn": 8,
     "epochs_fusion": 4,
@@ -196,7 +197,12 @@ DEMO_SETTINGS = {
     "whisper_model": "archive/demo/whisper.pt",
 }
 EMOTIONS = ["neutral", "calm", "happy", "sad", "angry", "fearful", "disgust", "surprised"]  # in code order
+SYNONYMS = {  # what other corpora call them
+    "anger": "angry", "disgusted": "disgust", "fear": "fearful", "happiness": "happy", "joy": "happy",
+    "sadness": "sad", "surprise": "surprised", "pleasant surprise": "surprised",
+}
 SPLITS = "train", "validation", "test"
+WHOLE = (0.0, math.inf)  # from which second to which: all of a recording
 
 
 class UserError(Exception):
@@ -294,8 +300,8 @@ def make_parser():
             continue
         key, kind = name.lower(), SETTINGS[name]
         options = {"type": functools.partial(read_number, key)}
-        if kind is str:
-            options = {"choices": ALLOWED.get(key)}
+        if kind is str:  # ~ is home, in flags and constants
+            options = {"type": os.path.expanduser, "choices": ALLOWED.get(key)}
         if kind is bool:
             options = {"action": argparse.BooleanOptionalAction}
         text = f"{text} (default: {globals()[name]})".replace("%", "%%")
@@ -395,10 +401,13 @@ class Corpus:
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
 GIT_LFS = b"version https://git-lfs"  # how a file begins that git has not fetched yet
+FOREIGN = ("its folder has names that RAVDESS cannot have (actor above 24, statement 03 or strong neutral): "
+           "list another corpus in a --manifest")
 REASONS = {  # why a file is no clip: that of the first pattern which its name fits; "": it is one
     "other name": r"(?!([0-9]{2}-){6}[0-9]{2}\.[^.]*$)",
     "video": r"(?!03)|.*\.mp4$",
     "song": "03-02",
+    FOREIGN: "03-01-(01-02-|..-..-03|..-..-..-..-(2[5-9]|[3-9].))",
     "": "03-01-0[1-8]-0[12]-0[12]-0[12]-(?!00)",
     "a code in its name is none of RAVDESS's": "",
 }
@@ -411,11 +420,14 @@ RESERVED = {  # columns of tables: names that no emotion may have
 }
 
 
-def read_corpus(cfg):
-    """The corpus that the settings name, with features. Raises UserError."""
+def read_corpus(cfg, known=()):
+    """The corpus that the settings name, with features. Raises UserError.
+
+    --merge may name emotions of the corpus and `known` ones.
+    """
     source = cfg.manifest or find_corpus(cfg)
     files = list_manifest(source) if cfg.manifest else list_ravdess(source)
-    files = load_clips(without_emotions(files, cfg), cfg)
+    files = load_clips(without_emotions(merged(files, cfg, known), cfg), cfg)
 
     # A copy under the same name counts once, and a damaged first copy does not hide a good second one.
     copies = files.duplicated(["clip", "reason"]) & (files["reason"] == "")
@@ -431,7 +443,21 @@ def read_corpus(cfg):
     asked = not {"sentence_noise", "sentences_csv"}.isdisjoint(cfg.given)
     refuse({f"--sentence-noise and --sentences-csv are for simulated sentences, which {name} does not use: "
             "leave them out": asked and words != "simulated"})
-    return Corpus(name, str(source), clips, left_out, split, words, caveats_of(split, words, cfg))
+    return Corpus(name, str(source), clips, left_out, split, words, caveats_of(clips, split, words, cfg))
+
+
+def merged(files, cfg, known):
+    """Listed files with their emotions as --merge names them. Raises UserError."""
+    # Models that know some emotions know them by other words too.
+    pairs = {word: name for word, name in SYNONYMS.items() if known and word not in known}
+    pairs |= (map(str.strip, pair.partition("=")[::2]) for pair in names_in(cfg.merge.lower()))
+    classes = classes_of(files)
+    every = list(dict.fromkeys([*EMOTIONS, *classes, *known]))
+    refuse({f"--merge {cfg.merge} is not a list of pairs such as calm=neutral, of {', '.join(every)}":
+            not {*pairs, *pairs.values()} <= {*every, *SYNONYMS}})
+    names = {name: pairs.get(name, name) for name in classes}
+    there = [name for name in every if name in names.values()]
+    return files.assign(emotion=pd.Categorical(files["emotion"].astype(object).map(names), there))
 
 
 def without_emotions(files, cfg):
@@ -449,10 +475,10 @@ def find_corpus(cfg):
     path = Path(cfg.ravdess_path)
     places = [path]
     if path.parent == Path("archive") and "ravdess_path" not in cfg.given:
-        cache = os.environ.get("KAGGLEHUB_CACHE", Path.home() / ".cache" / "kagglehub")
+        cache = os.environ.get("KAGGLEHUB_CACHE", os.path.expanduser("~/.cache/kagglehub"))
         places += [Path("archive"), Path("/kaggle/input"), Path(cache)]
     for place in places:
-        if "" in set(list_ravdess(place)["reason"]):
+        if list_ravdess(place)["reason"].isin(["", FOREIGN]).any():
             return place
 
     reason = "does not exist"
@@ -481,7 +507,8 @@ def audio_files(folder, suffixes=(*AUDIO_SUFFIXES, ".mp4")):
         folders[:] = [name for name in sorted(folders) if Path(root, name).resolve() not in seen
                       and not name.endswith(UNFINISHED) and (Path(root).name, name) != ("archive", "demo")]
         seen.update(Path(root, name).resolve() for name in [".", *folders])
-        paths = (Path(root, file) for file in sorted(files))
+        # Hidden files are notes of the system, such as ._a.wav.
+        paths = (Path(root, file) for file in sorted(files) if not file.startswith("."))
         yield from (path for path in paths if path.suffix.lower() in suffixes)
 
 
@@ -503,39 +530,69 @@ def list_ravdess(folder):
     files["emotion"] = pd.Categorical(files["emotion"].map(dict(enumerate(EMOTIONS, 1))), EMOTIONS)
     files["intensity"] = files["intensity"].map({1: "normal", 2: "strong"})
     files["sex"] = files["actor"].mod(2).map({0: "female", 1: "male"})
+    # Where one name is another corpus's, its neighbours' numbers fit but mean something else.
+    foreign = (files["reason"] == FOREIGN).groupby(files["path"].map(os.path.dirname)).transform("any")
+    files["reason"] = files["reason"].mask(foreign, FOREIGN)
     return files["clip path emotion actor intensity statement repetition sex reason".split()]
 
 
+SPLIT_NAMES = {"training": "train", "testing": "test", **dict.fromkeys(("dev", "val", "valid"), "validation")}
+
+
 def list_manifest(path):
-    """The clips that a table lists, as `list_ravdess` has them.
+    """The clips that a table lists, as `list_ravdess` has them, with the `span` of each in its file in s.
 
     Relative paths start in the table's folder. Emotions are the table's own, RAVDESS's first; a column
     speaker, split or transcript that is empty throughout counts as absent. A UserError names a bad line.
     """
     advice = "mend it or leave out --manifest"
-    table = read_table(path, ["path", "emotion"], ["speaker", "split", "transcript"], advice)
+    optional = ["speaker", "split", "transcript", "start", "end"]
+    table = read_table(path, ["path", "emotion"], optional, advice)
     # Tables come from Windows too, and "Sad " is "sad".
-    table["path"] = [PureWindowsPath(text).as_posix() for text in table["path"]]
-    table["emotion"], table["split"] = table["emotion"].str.lower(), table["split"].str.lower()
-    used = table.columns[(table != "").any()]
-    refuse_lines(path, table, table["path"], {
-        "it has no path": table["path"] == ".",  # how pathlib writes ""
-        "it has no emotion": table["emotion"] == "",
-        "{emotion!r} is the name of a column in tables of predictions": table["emotion"].isin(RESERVED),
-        "it has no speaker, and other lines have one": (table["speaker"] == "") & ("speaker" in used),
-        f"{{split!r}} is none of {', '.join(SPLITS)}": ~table["split"].isin(SPLITS) & ("split" in used),
-    }, advice)
+    table["path"] = [PureWindowsPath(os.path.expanduser(text)).as_posix() for text in table["path"]]
+    table["emotion"] = table["emotion"].str.lower()
+    table["split"] = table["split"].str.lower().replace(SPLIT_NAMES)
+    segments = ("#" + table["start"] + "-" + table["end"]).replace("#-", "")
+    table["clip"], table["span"] = table["path"] + segments, spans_of(table)
+    refuse_manifest(path, table, advice)
 
     emotions = dict.fromkeys([*EMOTIONS, *sorted(set(table["emotion"]))])
     emotion = pd.Categorical(table["emotion"], list(emotions)).remove_unused_categories()
     refuse({f"{path} has fewer than two emotions to tell apart: {advice}": len(emotion.categories) < 2})
-    files = pd.DataFrame({
-        "clip": table["path"],
-        "path": [str(Path(path).parent / clip) for clip in table["path"]],
-        "emotion": emotion,
-        "actor": numbers_if_plain(table["speaker"])})
-    own = table[used.intersection(["split", "transcript"], sort=False)]
-    return files.join(own).assign(reason="").reset_index(drop=True)
+    files = table[["clip", "span"]].assign(
+        path=[str(Path(path).parent / clip) for clip in table["path"]],
+        emotion=emotion,
+        actor=numbers_if_plain(one_spelling(table["speaker"])))
+    known = [name for name in ("split", "transcript") if (table[name] != "").any()]
+    return files.join(table[known]).assign(reason="").reset_index(drop=True)
+
+
+def spans_of(table):
+    """(start, end) of each line of a table in s, the whole file where it names none, NaN for other texts."""
+    texts = table[["start", "end"]].replace({"start": {"": WHOLE[0]}, "end": {"": WHOLE[1]}})
+    return list(texts.apply(pd.to_numeric, errors="coerce").itertuples(index=False, name=None))
+
+
+def refuse_manifest(path, table, advice):
+    """Raise a UserError for the first line of a manifest that is not what it should be."""
+    named, split = table["speaker"] != "", table["split"]
+    # Two spellings may name one file.
+    files = table["path"].map(Path(path).parent.joinpath).map(os.path.realpath).str.normalize("NFC")
+    refuse_lines(path, table, (files + table["span"].map(str)).rename("path"), {
+        "it has no path": table["path"] == ".",  # how pathlib writes ""
+        "it has no emotion": table["emotion"] == "",
+        "{emotion!r} is the name of a column in tables of predictions": table["emotion"].isin(RESERVED),
+        "it has no speaker, and other lines have one": ~named & named.any(),
+        f"{{split!r}} is none of {', '.join(SPLITS)}": ~split.isin(SPLITS) & (split != "").any(),
+        "start {start!r} and end {end!r} are not seconds in this order":
+            [not 0 <= start < end for start, end in table["span"]],
+    }, advice)
+
+
+def one_spelling(names):
+    """A column of names in which those that look the same are: Ann is ann, and 7 is 07 and 7.0."""
+    alike = names.str.casefold().str.replace(r"\.0$|(?<![\d.])0+(?=\d)", "", regex=True)
+    return names.groupby(alike).transform("first")
 
 
 def numbers_if_plain(actors):
@@ -545,30 +602,49 @@ def numbers_if_plain(actors):
     return actors
 
 
+def read_csv(path, advice):
+    """A csv.DictReader of a file in UTF-8 or marked UTF-16, however it is separated. Raises UserError."""
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} is not readable as CSV ({error}): {advice}") from error
+    # A guess at any other encoding would garble names.
+    text = content.decode(("utf-8-sig", "utf-16")[content[:1] in b"\xff\xfe"], "replace")
+    before, unread, _ = text.replace("\0", "\ufffd").partition("\ufffd")
+    refuse({f"{path} line {len(f'{before}.'.splitlines())} has a zero byte or is not in the encoding UTF-8, "
+            f"which Excel calls CSV UTF-8: {advice}": unread})
+
+    # Excel separates by semicolons where commas are decimal, and may say so in a line of its own.
+    text = re.sub(r'^"?sep=[^\r\n]*\s+', "", text)
+    separator = max(",;\t", key=text.partition("\n")[0].count)
+    lines = io.StringIO(text, newline="")
+    return csv.DictReader(lines, delimiter=separator, skipinitialspace=True, strict=True)
+
+
 def read_table(path, needed, optional, advice):
     """The columns of a CSV as stripped texts, indexed by line number. A UserError names a bad line."""
+    reader = read_csv(path, advice)
     try:
-        text = Path(path).read_bytes().decode("utf-8-sig")
-        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+        reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or []]
         rows = {reader.line_num: row for row in reader}  # noqa: B035, it counts
-        if "\0" in text:
-            raise ValueError("it has a zero byte")
-    except (OSError, ValueError, csv.Error) as error:
-        raise UserError(f"{path} is not readable as CSV ({error}): {advice}") from error
+    except csv.Error as error:
+        raise UserError(f"{path} line {reader.reader.line_num} is not readable as CSV ({error}; within "
+                        f"quotes, a quote is written twice): {advice}") from error
 
     # What csv lets pass, but would be read as something else than was meant.
     columns = [*needed, *optional]
-    named = [name for name in reader.fieldnames or [] if name in columns]
-    wide = next((number for number, row in rows.items() if None in row), 0)
-    refuse({f"{path} line 1 must name the columns {' and '.join(needed)}, none twice, with commas between: "
-            f"{advice}":
+    named = [name for name in reader.fieldnames if name in columns]
+    wide = next((number for number, row in rows.items() if any(row.get(None, []))), 0)
+    refuse({f"{path} line 1 must name the columns {' and '.join(needed)}, none twice: {advice}":
             not set(needed) <= set(named) or len(set(named)) < len(named),
             f"{path} line {wide}: it has more columns than line 1 (quote what has commas): {advice}": wide})
 
-    table = pd.DataFrame(list(rows.values()), list(rows), columns, dtype=object).fillna("").astype(str)
+    table = pd.DataFrame(list(rows.values()), list(rows), columns, dtype=object).fillna("")
     for name in columns:
         # Line breaks within a cell would break the tables that are written.
         plain = table[name].str.split().str.join(" ")
+        if name in ("emotion", "speaker"):  # other programs write a word where there is none
+            plain = plain.str.replace("(?i)^(<?na>?|nan|none|null)$", "", regex=True).str.normalize("NFC")
         table[name] = table[name].str.strip() if name == "path" else plain
     return table[(table != "").any(axis=1)]
 
@@ -588,19 +664,21 @@ def refuse_lines(path, table, keys, problems, advice):
 
 def load_clips(files, cfg):
     """The listed files with mel, samples and digest of their clips, or the reason why one cannot be used."""
-    def load(path):
+    def load(file):
         """What is known of a clip, or the reason."""
         try:
-            clip = load_clip(path, cfg)._asdict()
-            return {"reason": "", "digest": digest(Path(path).read_bytes()), **clip}
+            span = getattr(file, "span", WHOLE)
+            clip = load_clip(file.path, cfg, span=span)._asdict()
+            part = [span] * (span != WHOLE)
+            return {"reason": "", "digest": digest(Path(file.path).read_bytes(), *part), **clip}
         except AudioError as error:
             return {"reason": str(error)}
 
     load_torchaudio()  # now, so that an installation that does not work is one sentence
-    paths = files.loc[files["reason"] == "", "path"]
-    loaded = in_parallel(load, paths, "Reading clips")
-    loaded = pd.DataFrame(loaded, paths.index, ["reason", "digest", *FEATURES, "note"])
-    files.loc[paths.index, "reason"] = loaded.pop("reason")
+    listed = files[files["reason"] == ""]
+    loaded = in_parallel(load, listed.itertuples(), "Reading clips")
+    loaded = pd.DataFrame(loaded, listed.index, ["reason", "digest", *FEATURES, "note"])
+    files.loc[listed.index, "reason"] = loaded.pop("reason")
     return files.join(loaded)
 
 
@@ -646,15 +724,22 @@ def words_kind(clips, cfg):
             "--sentences-csv or --no-use-simulated-sentences")
 
 
-def caveats_of(split, words, cfg):
+def caveats_of(clips, split, words, cfg):
     """What every page, plot and table must say about how its figures came to be."""
     noise = f", noise {cfg.sentence_noise}" * bool(cfg.sentence_noise)
     return tuple(holding({
         "synthetic demo corpus: the figures mean nothing": cfg.demo,
         f"text: simulated sentences (oracle{noise})": words == "simulated",
         f"without {', '.join(names_in(cfg.leave_out))}": cfg.leave_out,
+        f"merged: {cfg.merge}": cfg.merge,
+        "validation: every fifth speaker of the manifest's training split": lacks_validation(clips),
         "random split: speakers shared between splits": split == "random",
         "split of the manifest: speakers shared between splits or unknown": split == "shared"}))
+
+
+def lacks_validation(clips):
+    """Whether a split of the manifest has train and test only, as most corpora are published."""
+    return "split" in clips and "validation" not in set(clips["split"])
 
 
 def classes_of(clips):
@@ -683,22 +768,54 @@ def split_clips(corpus, run):
         clips = deal(clips, "actor", *folds[run.fold])
     elif corpus.split == "random":
         clips = deal(clips, "digest", *random_digests(clips, run.seed))
+    elif lacks_validation(clips):
+        speakers = sorted(set(clips.query("split == 'train'")["actor"]))[1::5]
+        taken = clips.eval("split == 'train' and actor in @speakers")
+        clips = clips.assign(split=clips["split"].mask(taken, "validation"))
     # Under another name, the same bytes may stand on the other side of the split.
     order = clips["split"].map(SPLITS.index)
     clips = clips[order == order.groupby(clips["digest"]).transform("min")].reset_index(drop=True)
-
-    # Eight emotions that silently become seven would be another task.
-    used = set(zip(clips["emotion"], clips["split"]))
-    lacking = [pair for pair in itertools.product(classes_of(clips), SPLITS) if pair not in used]
-    for emotion, split in lacking[:1]:
-        there = corpus.clips.query("emotion == @emotion")
-        first = "".join(there["path"][:1]) or "none"
-        every = ",".join(dict.fromkeys([*names_in(run.leave_out), *(emotion for emotion, _ in lacking)]))
-        raise UserError(f"{unusable(corpus.left_out)}no {emotion} clip is left for {split}, of {len(there)} "
-                        f"by {there['actor'].nunique()} speakers (the first: {first}): complete "
-                        f"{corpus.source} (see --ravdess-path and --manifest), choose other --folds, or go "
-                        f"on with --leave-out {every}")
     return clips
+
+
+def refuse_gaps(corpus, runs):
+    """Raise a UserError that names the first emotion of which a split of some run has no clips."""
+    # Eight emotions that silently become seven would be another task.
+    for emotion, split in gaps_in(corpus, runs)[:1]:
+        run, there = runs[0], corpus.clips.query("emotion == @emotion")
+        first = "".join(there["path"][:1]) or "none"
+        flag = ("--ravdess-path", "--manifest")[bool(run.manifest)]
+        advice = f"complete {corpus.source} (see {flag})"
+        with contextlib.suppress(UserError):
+            every = ",".join([*names_in(run.leave_out), *superfluous(corpus, runs)])
+            advice += f", choose other --folds, or go on with --leave-out {every}"
+        raise UserError(f"{unusable(corpus.left_out)}no {emotion} clip is left for {split}, of {len(there)} "
+                        f"by {there['actor'].nunique()} speakers (the first: {first}): {advice}")
+
+
+def gaps_in(corpus, runs):
+    """The pairs of an emotion and a split that have no clips in some run."""
+    gaps = []
+    for run in runs:
+        clips = split_clips(corpus, run)
+        used = set(zip(clips["emotion"], clips["split"]))
+        gaps += [pair for pair in itertools.product(classes_of(clips), SPLITS) if pair not in used]
+    return gaps
+
+
+def superfluous(corpus, runs):
+    """The emotions to leave out so that every split of all runs has clips of each of the others.
+
+    Raises UserError when too few emotions or speakers would be left.
+    """
+    unwanted = list(dict.fromkeys(emotion for emotion, _ in gaps_in(corpus, runs)))
+    if not unwanted:
+        return []
+    # Without them other speakers may be left, and so other folds.
+    run = runs[0]._replace(leave_out=",".join(unwanted))
+    files = without_emotions(corpus.clips.assign(reason=""), run)
+    rest = replace(corpus, clips=files[files["reason"] == ""])
+    return unwanted + superfluous(rest, runs)
 
 
 def deal(clips, key, validation, test):
@@ -926,7 +1043,7 @@ def load_whisper(name, device):
 
 def whisper_file(name):
     """Where the weights of --whisper-model lie, or would lie once they are fetched."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "whisper")
+    cache = Path(os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache")), "whisper")
     full = {"large": "large-v3", "turbo": "large-v3-turbo"}.get(name, name)
     return Path(name) if Path(name).is_file() else cache / f"{full}.pt"
 
@@ -977,7 +1094,6 @@ class Silence(AudioError):
 # must be said of its sound.
 Clip = namedtuple("Clip", "mel samples seconds note")
 FEATURES = ["mel", "samples", "seconds"]  # the columns of clips and windows that hold their sound
-WHOLE = (0.0, math.inf)  # from which second to which: all of a recording
 PART = 300  # seconds of a recording that are in memory at once
 LEAST = 16  # frames: what is shorter says nothing
 FLOOR = 1e-7  # of the loudest power, added to every mel band: fainter noise makes no difference
@@ -2493,8 +2609,9 @@ def train_system(cfg, name, clips, corpus, device):
     windows, words = windows_of(clips, cfg), corpus.words * reads_words(name)
     traits = windows[["clip", "split", "emotion", "voiced", "digest"]].astype({"emotion": str})
     checkpoint = Checkpoint(
-        name, model.spec, model.state_dict(), classes_of(clips), words, caveats_of(corpus.split, words, cfg),
-        cfg._asdict(), fingerprint, history, traits.to_dict("list"), infer(model, windows, cfg, device))
+        name, model.spec, model.state_dict(), classes_of(clips), words,
+        caveats_of(corpus.clips, corpus.split, words, cfg), cfg._asdict(), fingerprint, history,
+        traits.to_dict("list"), infer(model, windows, cfg, device))
     with replacing(path) as temporary:
         torch.save(checkpoint._asdict(), temporary)
         if path.exists():  # now that the new one is whole
@@ -3712,8 +3829,8 @@ def recordings_in(cfg):
     """The files of --input, a recording or a folder of them. Raises UserError when there are none."""
     path = Path(cfg.input)
     files = [path]
-    if not path.is_file():  # hidden files are notes of the system, such as ._a.wav
-        files = sorted(file for file in audio_files(cfg.input, RECORDINGS) if not file.name.startswith("."))
+    if not path.is_file():
+        files = sorted(audio_files(cfg.input, RECORDINGS))
     reason = "holds no recordings" if path.exists() else "does not exist"
     refuse({f"--input {cfg.input!r} {reason}: name a recording or a folder of them": not files})
     return files
@@ -4147,6 +4264,7 @@ def train_phase(cfg):
         corpus = replace(corpus, clips=transcribe(corpus.clips, cfg, device))
 
     # First the splits of all runs: a fold that cannot be ends it here.
+    refuse_gaps(corpus, runs_of(cfg))
     clips_of = {run: add_transcripts(split_clips(corpus, run), corpus, run) for run in runs_of(cfg)}
     audit = write_data(corpus, clips_of, cfg)
     if cfg.phase == "data":
@@ -4210,24 +4328,26 @@ def evaluate_phase(cfg):
     folder = predictor.cfg.output_dir
     # Features are kept, beside one's own results and not where the file lies.
     predictor.cfg = predictor.cfg._replace(phase="evaluate", output_dir=cfg.output_dir)
-    encoder, saved = encoder_of(predictor.checkpoints), predictor.cfg._replace(manifest=cfg.manifest)
+    encoder = encoder_of(predictor.checkpoints)
+    saved = predictor.cfg._replace(manifest=cfg.manifest, merge=cfg.merge)
     refuse_contradictions(cfg, saved._asdict(), encoder, folder)
     # The features are those of the training, the corpus is another one.
     work = saved._replace(
         phase="evaluate", output_dir=evaluation_folder(cfg), given=cfg.given, split="speaker", folds="0",
         runs=1, demo=False, fusion="both", use_simulated_sentences=False, leave_out="")
-    whole = read_corpus(work)
+    whole = read_corpus(work, predictor.classes)
     corpus = shared_emotions(whole, predictor.classes, cfg)
     classes, emotions = classes_of(corpus.clips), whole.clips["emotion"]
     unknown = counted(emotions[~emotions.isin(classes)])
     audit = [*describe_corpus(whole),
-             f"Emotions compared: {', '.join(classes)}. Clips left out, unknown to the models: {unknown}.",
+             f"Emotions compared: {', '.join(classes)} (also called {', '.join(SYNONYMS)}).",
+             f"Clips left out, unknown to the models: {unknown}. (--merge NAME=EMOTION counts them.)",
              "Temperatures and fusion weights are those of the training; adapted takes something of these "
              "clips, mean and deviation. Probabilities are renormalised over the emotions that both know."]
     print(*audit, sep="\n")
     save_table(Path(work.output_dir, "left_out.csv"), whole.left_out, predictor.caveats)
     write_results(work, corpus, {}, elsewhere(predictor, corpus), pd.DataFrame(columns=["system"]),
-                  caveats=caveats_elsewhere(predictor, corpus, folder), encoder=encoder, audit=audit,
+                  caveats=caveats_elsewhere(predictor, corpus, folder, cfg), encoder=encoder, audit=audit,
                   calibration={"training": predictor.calibration}, command=command_of(cfg))
 
 
@@ -4244,19 +4364,21 @@ def shared_emotions(corpus, classes, cfg):
     """A corpus without the clips whose emotion is none of `classes`, all of it test. Raises UserError."""
     shared = [emotion for emotion in classes if emotion in classes_of(corpus.clips)]
     refuse({f"{cfg.manifest} has {', '.join(shared) or 'no emotion'} in common with the models of "
-            f"{cfg.output_dir}, fewer than two of {', '.join(classes)}: see --manifest": len(shared) < 2})
+            f"{cfg.output_dir}, fewer than two of {', '.join(classes)}: see --manifest and --merge":
+            len(shared) < 2})
     clips = corpus.clips[corpus.clips["emotion"].isin(shared)].reset_index(drop=True)
     clips = clips.assign(split="test", emotion=clips["emotion"].cat.set_categories(shared))
     words = "manifest" if "transcript" in clips else f"{cfg.manifest} has no column transcript"
     return replace(corpus, clips=clips, words=words, split="manifest")
 
 
-def caveats_elsewhere(predictor, corpus, folder):
+def caveats_elsewhere(predictor, corpus, folder, cfg):
     """What every page must say of trained models on another corpus, also which clips they know, by bytes."""
     windows = pd.DataFrame(next(iter(predictor.checkpoints.values())).windows).query("split != 'test'")
     known = sum(corpus.clips["digest"].isin(windows["digest"]))
     caveats = holding({
         f"models of {folder} on another corpus": True,
+        f"merged: {cfg.merge}": cfg.merge,
         f"{known} of these {len(corpus.clips)} clips are known from training: the figures flatter": known})
     return caveats + [f"in training: {caveat}" for caveat in predictor.caveats]
 
