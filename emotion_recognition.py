@@ -57,6 +57,7 @@ import csv
 import difflib
 import fnmatch
 import functools
+import glob
 import hashlib
 import importlib
 import io
@@ -112,9 +113,10 @@ OUTPUT_DIR = "outputs"           # folder for checkpoints, tables, plots and the
 PHASE = "all"                    # stages to run; fusion trains the parts that it needs too
 RUN_MODELS = "cnn,speech,rnn,bert,fusion_rnn,fusion_bert"  # models to train, comma-separated
 REUSE_EDITED = False             # keep models that were trained by another version of this code
-INPUT = ""                       # a recording, or a folder of them, for --phase predict
+INPUT = ""                       # recordings to answer: a file, a folder, a pattern (a/*.wav), a CSV of paths
+ASK_SYSTEMS = ""                 # who answers, comma-separated: cnn,late_speech; empty: all that are trained
 TEXT = ""                        # what is said in INPUT; else Whisper's transcript, if its weights are there
-JSON = False                     # --phase predict prints one JSON document and nothing else
+JSON = False                     # --phase predict prints a JSON document for each recording, a line each
 DEMO = False                     # a small synthetic corpus instead, results in OUTPUT_DIR/demo
 DEVICE = "auto"                  # where to compute; auto takes the fastest that is there
 SEED = 42                        # seed of initialisation, order, augmentation and sentences
@@ -181,7 +183,7 @@ ALLOWED = {  # texts: one of them; numbers: least and most, floats if written so
     "speech_c": (1e-9, 1e6),
     **dict.fromkeys(map("learning_rate_{}".format, ("cnn", "rnn", "bert", "fusion")), (0.0, 1e6)),
 }
-LISTS = "run_models", "folds", "leave_out"  # texts of comma-separated names
+LISTS = "run_models", "folds", "leave_out", "ask_systems"  # texts of comma-separated names
 DEMO_SETTINGS = {
     "epochs_cnn": 8,
     "epochs_fusion": 4,
@@ -190,6 +192,7 @@ DEMO_SETTINGS = {
     "bert_model": "archive/demo/distilbert",
     "whisper_model": "archive/demo/whisper.pt",
 }
+WHOLE = 0.0, math.inf  # the span in s of a whole recording
 EMOTIONS = ["neutral", "calm", "happy", "sad", "angry", "fearful", "disgust", "surprised"]  # in code order
 SPLITS = "train", "validation", "test"
 
@@ -467,15 +470,16 @@ def unusable(left_out):
 
 
 def audio_files(folder, suffixes=(*AUDIO_SUFFIXES, ".mp4")):
-    """The paths of all files with some suffixes under a folder, links to folders followed once."""
+    """The paths of all files with some suffixes under a folder, of any with (); links to folders once."""
     seen = set()
     for root, folders, files in os.walk(folder, followlinks=True):
         # What --download has not finished is no corpus, nor is what the demo wrote.
-        folders[:] = [name for name in sorted(folders) if Path(root, name).resolve() not in seen
-                      and not name.endswith(UNFINISHED) and (Path(root).name, name) != ("archive", "demo")]
-        seen.update(Path(root, name).resolve() for name in [".", *folders])
+        places = {Path(root, name).resolve(): name for name in sorted(folders, reverse=True)
+                  if not name.endswith(UNFINISHED) and (Path(root).name, name) != ("archive", "demo")}
+        folders[:] = sorted(name for place, name in places.items() if place not in seen)
+        seen.update([*places, Path(root).resolve()])
         paths = (Path(root, file) for file in sorted(files))
-        yield from (path for path in paths if path.suffix.lower() in suffixes)
+        yield from (path for path in paths if not suffixes or path.suffix.lower() in suffixes)
 
 
 def list_ravdess(folder):
@@ -538,8 +542,11 @@ def numbers_if_plain(actors):
     return actors
 
 
-def read_table(path, needed, optional, advice):
-    """The columns of a CSV as stripped texts, indexed by line number. A UserError names a bad line."""
+def read_table(path, needed, optional, advice, others=False):
+    """The columns of a CSV as stripped texts, indexed by line number; with `others`, all it has.
+
+    A UserError names a bad line.
+    """
     try:
         text = Path(path).read_bytes().decode("utf-8-sig")
         reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
@@ -550,7 +557,7 @@ def read_table(path, needed, optional, advice):
         raise UserError(f"{path} is not readable as CSV ({error}): {advice}") from error
 
     # What csv lets pass, but would be read as something else than was meant.
-    columns = [*needed, *optional]
+    columns = [*dict.fromkeys([*needed, *optional, *(reader.fieldnames or []) * others])]
     named = [name for name in reader.fieldnames or [] if name in columns]
     wide = next((number for number, row in rows.items() if None in row), 0)
     refuse({f"{path} line 1 must name the columns {' and '.join(needed)}, none twice, with commas between: "
@@ -928,12 +935,12 @@ def decode_with_whisper(samples, cfg, device, **options):
                         f"{cfg.whisper_model} ({error}): try --whisper-language en") from error
 
 
-def transcript_of(source, cfg, device):
-    """What Whisper hears in the first 30 s of a recording, greedily. Raises UserError.
+def transcript_of(source, cfg, device, span=WHOLE):
+    """What Whisper hears in the first 30 s of a span of a recording, greedily. Raises UserError.
 
     "" where Whisper's own limits say that it made words out of silence.
     """
-    result = decode_with_whisper(load_samples(source, 16000)[0], cfg, device)
+    result = decode_with_whisper(load_samples(source, 16000, span=span)[0], cfg, device)
     # Words that Whisper makes out of silence or repeats without end are no transcript.
     silent = result.no_speech_prob > 0.6 and result.avg_logprob < -1.0
     return "" if silent or result.compression_ratio > 2.4 else result.text.strip()
@@ -960,19 +967,21 @@ class Silence(AudioError):
 Clip = namedtuple("Clip", "mel samples start digest")  # (T, M), (n,), s cut off before, key of the bytes
 
 
-def load_clip(source, cfg, rate=0):
+def load_clip(source, cfg, rate=0, span=WHOLE):
     """Log-mel spectrogram and samples of a recording without its silent ends, as a Clip. Raises AudioError.
 
     `source` is the path of a file, or an array of samples at `rate` Hz, of shape (n,), (n, channels) or
-    (channels, n).
+    (channels, n); `span` is its part from one second to another.
     """
-    samples, start, key = load_samples(source, cfg.sampling_rate, cfg.trim_db, rate)
+    samples, start, key = load_samples(source, cfg.sampling_rate, cfg.trim_db, rate, span)
     return Clip(log_mel(samples, cfg), samples, start, key)
 
 
-def load_samples(source, rate, trim_db=math.inf, own_rate=0):
+def load_samples(source, rate, trim_db=math.inf, own_rate=0, span=WHOLE):
     """(float32 samples (n,) at `rate` Hz without silent ends, their start in s, key). Raises AudioError."""
     samples, own_rate, key = read_sound(source, own_rate)
+    first, end = (round(min(second * own_rate, len(samples))) for second in span)
+    samples = samples[first:end]
     # What is wrong with the numbers, before anything is computed with them.
     peak = np.abs(samples).max(initial=0)
     if peak < 1e-4:
@@ -980,8 +989,8 @@ def load_samples(source, rate, trim_db=math.inf, own_rate=0):
     if not peak < 1e6:  # nor NaN
         raise AudioError("NaN, infinite or huge samples")
     loud = loud_part(samples, own_rate, trim_db)  # first, so that there is less to resample
-    samples = samples[loud]
-    return samples if own_rate == rate else soxr.resample(samples, own_rate, rate), loud.start / own_rate, key
+    samples, start = samples[loud], (first + loud.start) / own_rate
+    return samples if own_rate == rate else soxr.resample(samples, own_rate, rate), start, key
 
 
 def read_sound(source, rate=0):
@@ -3285,10 +3294,13 @@ def word_element(tag):
 
 # %% 21. Prediction on one's own recordings
 NO_SPEECH = "no speech"
-RECORDINGS = {*AUDIO_SUFFIXES, *".m4a .aac .opus .aif .aiff .au .caf .wma .webm .mp4".split()}
+RECORDINGS = {*AUDIO_SUFFIXES, *".m4a .aac .opus .aif .aiff .au .caf .wma .webm .mp4 .oga .w64 .amr .3gp"
+              .split()}
 # Settings that shape no training.
-FREE = "phase output_dir device download input text json reuse_edited given".split()
+FREE = "phase output_dir device download input ask_systems text json reuse_edited given".split()
 ENCODERS = "whisper_model", "whisper_language", "speech_encoder"  # which a prediction may take from elsewhere
+OF_PREDICTOR = *ENCODERS, "ask_systems"
+PREDICTS_WITH = {*OF_PREDICTOR, *"phase output_dir device input text json demo test_views".split()}
 
 
 def checkpoints_together(cfg):
@@ -3358,17 +3370,21 @@ def choose_first(checkpoints, calibration, cfg):
     """(whose answer stands on top, confidences below which answers are unsure, by system), by validation."""
     windows, log_probs, labels = validation_of(checkpoints)
     answers = predict(log_probs, windows, calibration, cfg)
-    thresholds = {name: fit_threshold(part, labels) for name, part in answers.items()}
+    asked = names_in(cfg.ask_systems) or [*answers]
+    refuse({f"--ask-systems {cfg.ask_systems} is no list of names out of {', '.join(answers)}":
+            set(asked) - set(answers)})
+    thresholds = {name: fit_threshold(answers[name], labels) for name in asked}
     # Who hears and has the least NLL, which is steadier than UAR; unless all of them read words.
-    hearing = [name for name in answers if not reads_words(name)] or [*checkpoints]
+    hearing = [name for name in asked if not reads_words(name)] or asked
     right = {name: answers[name][np.arange(len(labels)), labels] for name in hearing}
     return max(hearing, key=lambda name: np.log(right[name].clip(1e-7)).mean()), thresholds
 
 
 def whisper_loads(cfg, device):
-    """Whether Whisper's weights are on this machine and usable: nobody who asks expects a download."""
-    if whisper_file(cfg.whisper_model).exists():
-        with only_warning():
+    """Whether Whisper's weights are on this machine and usable; only a model that is named may be fetched."""
+    named = "whisper_model" in cfg.given
+    if named or whisper_file(cfg.whisper_model).exists():
+        with only_warning(but=named):
             return bool(load_whisper(cfg.whisper_model, device))
     return False
 
@@ -3377,12 +3393,14 @@ class Predictor:
     """The trained models of a folder, with nothing but their checkpoints, ready for any recording.
 
     Without a folder it has those of OUTPUT_DIR, or the SpeechEncoder that comes with this file. Other
-    settings, such as where Whisper's weights lie (whisper_model), can be given by name. Raises UserError when
-    the folder holds no models that can answer, AudioError when a recording cannot be read.
+    settings, such as where Whisper's weights lie (whisper_model) or who answers (ask_systems), can be given
+    by name. Raises UserError when the folder holds no models that can answer, AudioError when a recording
+    cannot be read.
     """
 
     def __init__(self, output_dir="", device="cpu", test_views=0, **settings):
-        refuse({f"a Predictor knows no settings but {', '.join(ENCODERS)}": settings.keys() - set(ENCODERS)})
+        refuse({f"a Predictor knows no settings but {', '.join(OF_PREDICTOR)}":
+                settings.keys() - set(OF_PREDICTOR)})
         if output_dir:
             settings["output_dir"] = str(output_dir)
         cfg = parse_settings([])._replace(phase="predict", device=device, given=tuple(settings), **settings)
@@ -3420,10 +3438,10 @@ class Predictor:
         windows = self.windows(recording, sampling_rate)
         return self.over_time(windows, self.ask(windows))
 
-    def windows(self, recording, sampling_rate=None):
+    def windows(self, recording, sampling_rate=None, span=WHOLE):
         """The windows of a recording as `windows_of` makes them, and `gate`; without speech `voiced` is 0."""
         try:
-            clip = load_clip(recording, self.cfg, sampling_rate)
+            clip = load_clip(recording, self.cfg, sampling_rate, span)
         except Silence:
             clip = Clip(np.zeros((1, 1)), np.zeros(1, np.float32), 0.0, "")
         table = pd.DataFrame({"clip": "", "emotion": pd.Categorical([None], self.classes), "mel": [clip.mel],
@@ -3455,9 +3473,11 @@ class Predictor:
         if not windows["voiced"].any():
             return {}
         # Weights are read when they are first needed: a recording without words needs no text encoder.
-        names = [name for name in self.checkpoints if "transcript" in windows or not reads_words(name)]
+        able = [name for name in self.thresholds if "transcript" in windows or not reads_words(name)]
         refuse({f"all models of {self.cfg.output_dir} read words: say with --text what is said, or name a "
-                "table with a column transcript": not names})
+                "table with a column transcript": not able})
+        parts = itertools.chain.from_iterable(SYSTEMS[name].parts for name in able)
+        names = self.checkpoints.keys() & {*able, *parts}
         for name in set(names).difference(self.models):
             self.models[name] = restore(self.checkpoints[name]).to(self.device)
         return {name: infer(self.models[name], windows, self.cfg, self.device) for name in names}
@@ -3466,7 +3486,8 @@ class Predictor:
         """The table of `predict` from log-probabilities of the windows of one recording."""
         answers = predict(log_probs, windows, self.calibration, self.cfg)
         answers = answers or {self.first: np.full((1, len(self.classes)), np.nan)}
-        names = [self.first, *(name for name in answers if name != self.first)]
+        names = sorted(self.thresholds, key=lambda name: name != self.first)
+        names = [name for name in names if name in answers]
         thresholds = [self.thresholds[name] for name in names]
         table = self.table(np.concatenate([answers[name] for name in names]), thresholds, bool(log_probs))
         table["gate"] = windows["gate"][windows["voiced"].idxmax()]
@@ -3496,51 +3517,109 @@ class Predictor:
         return "trained on simulated sentences" * ("simulated" in words)
 
 
+Recording = namedtuple("Recording", "name path row", defaults=[{}])  # row: {column: text} of a table
+
+
 def recordings_in(cfg):
-    """The files of --input, a recording or a folder of them. Raises UserError when there are none."""
-    path = Path(cfg.input)
-    files = [path]
-    if not path.is_file():  # hidden files are notes of the system, such as ._a.wav
-        files = sorted(file for file in audio_files(cfg.input, RECORDINGS) if not file.name.startswith("."))
+    """The Recordings of --input: a file, a folder, a pattern or a table. Raises UserError if none."""
+    path, recordings, passed = Path(cfg.input), [], []
+    if path.suffix.lower() == ".csv":
+        return recordings_listed(path)
+    if path.is_file():  # whatever its name is
+        return [Recording(printable(path.name), path)]
+
+    found = map(Path, glob.glob(cfg.input, recursive=True))
+    if path.is_dir() and cfg.input:
+        found = audio_files(path, ())
+    for file in sorted(file for file in found if not file.is_dir()):
+        name = printable(file.as_posix().removeprefix(f"{path.as_posix()}/"))
+        reason = passed_over(file)
+        passed += [reason] * bool(reason)
+        recordings += [Recording(name, file)] * (not reason)
+
+    if passed:
+        print(f"Not answered: {counted(pd.Series(passed))}", file=sys.stderr)
     reason = "holds no recordings" if path.exists() else "does not exist"
-    refuse({f"--input {cfg.input!r} {reason}: name a recording or a folder of them": not files})
-    return files
+    refuse({f"--input {cfg.input!r} {reason}: name a recording, a folder, a pattern or a CSV of paths":
+            not recordings})
+    return recordings
 
 
-def words_said(path, predictor, cfg):
+def recordings_listed(path):
+    """The Recordings of a table with a column path and maybe text, start and end (s). Raises UserError."""
+    advice = "mend it or name another --input"
+    rows = read_table(path, ["path"], [], advice, others=True).to_dict("records")
+    refuse({f"{path} lists no recordings: {advice}": not rows})
+    names = [" ".join(row.get(key, "") for key in ("path", "start", "end")).strip() for row in rows]
+    files = [path.parent / PureWindowsPath(row["path"]).as_posix() for row in rows]
+    return list(map(Recording, names, files, rows))
+
+
+def passed_over(path):
+    """Why a file that was found is not answered; "" if it is."""
+    if path.name.startswith("."):  # a note of the system, such as ._a.wav
+        return "hidden"
+    if not path.is_file():
+        return "broken link"
+    suffix = path.suffix.lower()
+    return "" if suffix in RECORDINGS else printable(suffix) or "no suffix"
+
+
+def words_said(recording, span, predictor, cfg):
     """What is said in a recording, None if nothing is known, and where that comes from."""
+    if recording.row.get("text"):
+        return recording.row["text"], cfg.input
     if cfg.text:
         return printable(cfg.text), "--text"
     # Nobody who asks for an answer expects a download.
     if not predictor.has_whisper:
         return None, "no --text, and no weights of Whisper here: audio alone"
-    return transcript_of(path, predictor.cfg, predictor.device), f"Whisper {predictor.cfg.whisper_model}"
+    text = transcript_of(recording.path, predictor.cfg, predictor.device, span)
+    return text, f"Whisper {predictor.cfg.whisper_model}"
 
 
-def answer_recording(path, name, predictor, cfg):
+def answer_recording(recording, predictor, cfg, folder):
     """All answers for one recording, a line per system; a long one leaves a table and a plot of its windows.
 
-    Columns: recording, error, model, predicted, unsure, a probability per emotion, gate, note, text,
-    text_source, over_time (the path of that table). Raises AudioError.
+    Columns: error, model, predicted, unsure, a probability per emotion, gate, note, text, text_source,
+    over_time (the path of that table). Raises AudioError.
     """
-    windows, text, source, over_time = predictor.windows(path), None, "", ""
+    span = float(recording.row.get("start") or 0), float(recording.row.get("end") or math.inf)
+    windows, text, source, over_time = predictor.windows(recording.path, span=span), None, "", ""
     if windows["voiced"].any():
-        text, source = words_said(path, predictor, cfg)
+        text, source = words_said(recording, span, predictor, cfg)
     if text is not None:
         windows = windows.assign(transcript=text)
     log_probs = predictor.ask(windows)
     if len(windows) > 1 and log_probs and not reads_words(predictor.first):
         with only_warning():
-            over_time = save_course(name, predictor.over_time(windows, log_probs), predictor, cfg)
+            course = predictor.over_time(windows, log_probs)
+            over_time = save_course(recording.name, course, predictor, folder)
     table = predictor.as_a_whole(windows, log_probs).reset_index()
-    return table.assign(recording=name, error="", text=text, text_source=source, over_time=over_time)
+    return table.assign(error="", text=text, text_source=source, over_time=over_time)
 
 
-def save_course(name, course, predictor, cfg):
+def answer_or_reason(recording, predictor, cfg, folder):
+    """What `answer_recording` returns, or a line with the error, which ends no batch."""
+    single = recording.path == Path(cfg.input)
+    try:
+        return answer_recording(recording, predictor, cfg, folder)
+    except Exception as error:  # decoders, torch and a full memory raise many kinds
+        if single and type(error) is UserError:
+            raise
+        reason = printable(str(error) or type(error).__name__)
+    refuse({f"{cfg.input} cannot be used ({reason}): name another --input": single})
+    return pd.DataFrame({"error": [reason], "key": ""})  # without a key it is tried again
+
+
+def plain_name(name, key):
+    """A name for files, from any name and from what must not share them: a/b.wav and a_b.wav are two."""
+    return re.sub(r"[^\w.-]", "_", name)[-100:] + f"-{digest(key)[:6]}"
+
+
+def save_course(name, course, predictor, folder):
     """Write the table and the plot of a recording over time; returns the path of the table as text."""
-    plain = re.sub(r"[^\w.-]", "_", name)[-100:]
-    plain += f"-{digest(name)[:6]}" * (plain != name)  # a/b.wav and a_b.wav must not share a file
-    path = Path(cfg.output_dir, "recordings", f"{plain}.csv")
+    path = Path(folder, f"{plain_name(name, name)}.csv")
     save_table(path, course, predictor.caveats)
     probabilities = course.set_index("end")[predictor.classes]
     axis = probabilities.plot.area(figsize=(9, 3.5), xlabel="seconds", ylabel="probability")
@@ -3553,35 +3632,71 @@ def save_course(name, course, predictor, cfg):
 def predictor_of(cfg):
     """The Predictor of OUTPUT_DIR, with the flags that say where encoders lie. Raises UserError."""
     folder = cfg.output_dir * ("output_dir" in cfg.given)
-    own = {key: getattr(cfg, key) for key in ENCODERS if key in cfg.given}
+    own = {key: getattr(cfg, key) for key in OF_PREDICTOR if key in cfg.given}
     return Predictor(folder, cfg.device, cfg.test_views, **own)
 
 
-def predict_phase(cfg):
-    """Answer for a recording or a folder of them, on the console and in OUTPUT_DIR/recordings."""
-    path, files, tables = Path(cfg.input), recordings_in(cfg), []
-    predictor = predictor_of(cfg)
-    refuse_contradictions(cfg, predictor.cfg._asdict(), encoder_of(predictor.checkpoints), cfg.output_dir)
-    for file in tqdm(files, "Recordings", disable=len(files) < 2):
-        name = printable(file.relative_to(path).as_posix() if path.is_dir() else file.name)
-        try:
-            tables.append(answer_recording(file, name, predictor, cfg))
-        except AudioError as error:
-            refuse({f"{path} cannot be used ({error}): name another --input": file == path})
-            tables.append(pd.DataFrame({"recording": [name], "error": str(error)}))
+def folder_of_answers(cfg):
+    """The folder of the answers to --input, another one for each; beside it lies their table."""
+    folder = Path(cfg.output_dir)
+    if folder.exists() and not os.access(folder, os.W_OK):  # models may lie where nothing can be written
+        folder = Path()
+    return folder / "recordings" / plain_name(Path(cfg.input).name, os.path.abspath(cfg.input))
 
+
+def key_of(recording, predictor, cfg):
+    """A key of the bytes of a recording and of what else its answer depends on."""
+    trained = [checkpoint.fingerprint for checkpoint in predictor.checkpoints.values()]
+    parts = [recording.name, recording.row, trained, predictor.cfg, predictor.has_whisper, cfg.text]
+    with contextlib.suppress(OSError, MemoryError):
+        parts.append(recording.path.read_bytes())
+    return digest(*parts)
+
+
+def start_table(path, columns, keys):
+    """Begin a table of answers with what it holds of those with one of `keys`; returns these keys."""
+    before = pd.DataFrame(columns=columns)
+    # A kill may have cut off the last line: pandas' own parser would then read nothing.
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        found = pd.read_csv(path, dtype=str, keep_default_na=False, engine="python")[columns]
+        unfit = found.loc[~found["key"].isin(keys), "recording"]
+        before = found[~found["recording"].isin(unfit)]
+    save(path, before)
+    return set(before["key"])
+
+
+def predict_phase(cfg):
+    """Answer for the recordings of --input, on the console and in a table that grows by each of them."""
+    idle = [flag_of(key, getattr(cfg, key)) for key in cfg.given if key not in PREDICTS_WITH]
+    refuse({f"{' '.join(idle)}: no use for --phase predict, where models answer as they were trained": idle})
+    recordings, predictor = recordings_in(cfg), predictor_of(cfg)
+    folder = folder_of_answers(cfg)
+    path, done = folder.with_name(f"{folder.name}.csv"), set()
     columns = ["recording", "error", "model", "predicted", "unsure", *predictor.classes, "gate", "note",
-               "text", "text_source", "over_time"]
-    table = pd.concat(tables, ignore_index=True).reindex(columns=columns)
-    if path.is_dir():
-        with only_warning():
-            save_table(Path(cfg.output_dir, "recordings", "predictions.csv"), table, predictor.caveats)
-    if cfg.json:
-        print(table.to_json(orient="records", indent=1))
-        return
-    for _, lines in table.groupby("recording", sort=False):
-        print_answer(lines.to_dict("records"), predictor.classes)
-    print("\n" + "; ".join([*predictor.caveats, "trained on acted speech: not fit for judging people"]))
+               "text", "text_source", "over_time", *recordings[0].row, "caveats", "key"]
+    columns = list(dict.fromkeys(columns))
+
+    keys = [key_of(recording, predictor, cfg) for recording in recordings]
+    single = recordings[0].path == Path(cfg.input)  # it is answered each time
+    with only_warning():
+        done = start_table(path, columns, keys * (not single))
+        print(f"Answers go to {path}: {len(done)} of {len(keys)} answered before", file=sys.stderr)
+    for recording, key in zip(tqdm(recordings, "Recordings", disable=single), keys):
+        if key in done:
+            continue
+        lines = answer_or_reason(recording, predictor, cfg, folder)
+        known = {"recording": recording.name, "caveats": "; ".join(predictor.caveats), "key": key}
+        lines = pd.DataFrame(recording.row | known | dict(lines), columns=columns)
+        lines = lines.replace(r"[\r\n]+", " ", regex=True)  # a line each, also where a kill cuts
+        with tqdm.external_write_mode():
+            if cfg.json:
+                print(lines.to_json(orient="records"), flush=True)
+            else:
+                print_answer(lines.to_dict("records"), predictor.classes)
+        if path.is_file():
+            lines.to_csv(path, mode="a", header=False, index=False, float_format="%.6f")
+    if not cfg.json:
+        print("\n" + "; ".join([*predictor.caveats, "trained on acted speech: not fit for judging people"]))
 
 
 def print_answer(lines, classes):
@@ -4104,6 +4219,9 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
+        print(end="", flush=True)  # now, while a pipe that is closed can still be told
+    except BrokenPipeError:  # whoever reads has had enough, such as head
+        os._exit(1)  # at once: Python would complain as it ends
     except (UserError, OSError, KeyboardInterrupt) as stop:
         sentence = str(stop) or "stopped; what is finished is kept"
         if in_kernel():
