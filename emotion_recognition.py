@@ -331,10 +331,13 @@ def check_settings(cfg):
     folds, names = names_in(cfg.folds), set(names_in(cfg.run_models))
     known = [name for name in TRAINED if not name.startswith("attention")]
     # One corpus a run; --download fills the folder of --ravdess-path.
+    idle = [flag_of(key, getattr(cfg, key)) for key in cfg.given if key not in PREDICTS_WITH]
     corpora = holding({f"--manifest {cfg.manifest}": cfg.manifest, "--demo": cfg.demo,
                        "--ravdess-path or --download": cfg.download or "ravdess_path" in cfg.given})
     refuse({
         f"{' and '.join(corpora)} are corpora of their own: leave out all but one": len(corpora) > 1,
+        f"--phase predict has no use for {' '.join(idle)}, since models answer as they were trained":
+            cfg.phase == "predict" and idle,
         "--phase evaluate needs another corpus: name its table with --manifest":
             cfg.phase == "evaluate" and not cfg.manifest,
         f"--run-models {cfg.run_models!r} is not a list of names out of {', '.join(known)}":
@@ -557,7 +560,7 @@ def read_table(path, needed, optional, advice, others=False):
         raise UserError(f"{path} is not readable as CSV ({error}): {advice}") from error
 
     # What csv lets pass, but would be read as something else than was meant.
-    columns = [*dict.fromkeys([*needed, *optional, *(reader.fieldnames or []) * others])]
+    columns = others and reader.fieldnames or [*needed, *optional]
     named = [name for name in reader.fieldnames or [] if name in columns]
     wide = next((number for number, row in rows.items() if None in row), 0)
     refuse({f"{path} line 1 must name the columns {' and '.join(needed)}, none twice, with commas between: "
@@ -3206,7 +3209,7 @@ def parts_of(results):
     """What PAGES can name: settings, what config.json holds, plots, tables, and what holds or does not."""
     config, table = results.config, table_of(results)
     plots = {path.stem: path for path in sorted(results.folder.glob("plots/*.png"))}
-    settings = pd.Series(config["settings"]).drop(FREE)
+    settings = pd.Series(config["settings"]).drop(FREE, errors="ignore")
     return config["settings"] | config | plots | {
         "audit": "\n".join(config["audit"]),
         "caveats": "; ".join(config["caveats"]),
@@ -3665,23 +3668,26 @@ def start_table(path, columns, keys):
     return set(before["key"])
 
 
+def columns_of(recordings, classes):
+    """The columns of a table of answers: those of an answer, those of the table that lists the recordings."""
+    own = recordings[0].row
+    answer = "recording error model predicted unsure".split(), classes, "gate note text text_source".split()
+    return list(dict.fromkeys([*itertools.chain(*answer), "over_time", *own, "caveats", "key"]))
+
+
 def predict_phase(cfg):
     """Answer for the recordings of --input, on the console and in a table that grows by each of them."""
-    idle = [flag_of(key, getattr(cfg, key)) for key in cfg.given if key not in PREDICTS_WITH]
-    refuse({f"{' '.join(idle)}: no use for --phase predict, where models answer as they were trained": idle})
     recordings, predictor = recordings_in(cfg), predictor_of(cfg)
-    folder = folder_of_answers(cfg)
-    path, done = folder.with_name(f"{folder.name}.csv"), set()
-    columns = ["recording", "error", "model", "predicted", "unsure", *predictor.classes, "gate", "note",
-               "text", "text_source", "over_time", *recordings[0].row, "caveats", "key"]
-    columns = list(dict.fromkeys(columns))
-
     keys = [key_of(recording, predictor, cfg) for recording in recordings]
+    columns = columns_of(recordings, predictor.classes)
     single = recordings[0].path == Path(cfg.input)  # it is answered each time
+    folder, done = folder_of_answers(cfg), set()
+    path = folder.with_name(f"{folder.name}.csv")
     with only_warning():
         done = start_table(path, columns, keys * (not single))
         print(f"Answers go to {path}: {len(done)} of {len(keys)} answered before", file=sys.stderr)
-    for recording, key in zip(tqdm(recordings, "Recordings", disable=single), keys):
+
+    for recording, key in zip(tqdm(recordings, "Recordings", disable=len(keys) < 2), keys):
         if key in done:
             continue
         lines = answer_or_reason(recording, predictor, cfg, folder)

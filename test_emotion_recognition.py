@@ -4660,7 +4660,7 @@ PREDICT_ALONE = pytest.mark.parametrize("asked", ["predict"], indirect=True)
     *("--no-use-simulated-sentences", "--clip-seconds=2.56", "--bert-model=copy", "--leave-out=sad"),
 ])
 def test_flags_that_change_no_answer_are_refused_by_predict(asked, flag):
-    with pytest.raises(er.UserError, match=f"{flag}: no use for --phase predict"):
+    with pytest.raises(er.UserError, match=f"--phase predict has no use for {flag}, "):
         er.main([*asked, flag])
 
 
@@ -5035,7 +5035,7 @@ def test_a_table_of_recordings_says_words_and_seconds_and_keeps_its_columns(copi
     part = table[table["recording"] == "talk.wav 1.5 3"]
     assert set(part["text"]) == {"What a day."}
     alone = er.Predictor(OUTPUT).predict(np.tile(speech(), 8)[RATE * 3 // 2:3 * RATE], RATE, text="What a day.")
-    assert np.allclose(part["sad"].astype(float), alone["sad"], atol=1e-5)
+    assert np.allclose(part["sad"].astype(float), alone["sad"], atol=1e-3)
 
 
 def test_windows_of_a_part_of_a_recording_are_dated_in_the_whole(listener):
@@ -7214,7 +7214,7 @@ ONE_SENTENCE = {  # what is wrong: (command line, what the sentence must name, h
     "several runs": (
         "--phase predict --input own --output-dir many", f"several runs|{Path('many', 'fold_0_seed_42')}",
         lambda _: touch("many/fold_0_seed_42", "TextRNN_best.pth")),
-    "recordings, other settings": (f"{PREDICT} --n-mels 80", "--n-mels=80: no use for --phase predict"),
+    "recordings, other settings": (f"{PREDICT} --n-mels 80", "--phase predict has no use for --n-mels=80, since"),
     "recordings, only words known": (
         PREDICT, "read words|--text",
         lambda _: (remove("AudioCNN_*", OUTPUT), remove("Speech*", OUTPUT), remove("TextBERT_*", OUTPUT),
