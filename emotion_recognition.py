@@ -330,13 +330,13 @@ def check_settings(cfg):
     """Raise a UserError that names the first flags which cannot be or do not go together."""
     folds, names = names_in(cfg.folds), set(names_in(cfg.run_models))
     known = [name for name in TRAINED if not name.startswith("attention")]
-    # One corpus a run; --download fills the folder of --ravdess-path.
     idle = [flag_of(key, getattr(cfg, key)) for key in cfg.given if key not in PREDICTS_WITH]
+    # One corpus a run; --download fills the folder of --ravdess-path.
     corpora = holding({f"--manifest {cfg.manifest}": cfg.manifest, "--demo": cfg.demo,
                        "--ravdess-path or --download": cfg.download or "ravdess_path" in cfg.given})
     refuse({
         f"{' and '.join(corpora)} are corpora of their own: leave out all but one": len(corpora) > 1,
-        f"--phase predict has no use for {' '.join(idle)}, since models answer as they were trained":
+        f"--phase predict has no use for {' '.join(idle)}: leave it out, models are as trained":
             cfg.phase == "predict" and idle,
         "--phase evaluate needs another corpus: name its table with --manifest":
             cfg.phase == "evaluate" and not cfg.manifest,
@@ -3680,11 +3680,11 @@ def predict_phase(cfg):
     recordings, predictor = recordings_in(cfg), predictor_of(cfg)
     keys = [key_of(recording, predictor, cfg) for recording in recordings]
     columns = columns_of(recordings, predictor.classes)
-    single = recordings[0].path == Path(cfg.input)  # it is answered each time
     folder, done = folder_of_answers(cfg), set()
     path = folder.with_name(f"{folder.name}.csv")
     with only_warning():
-        done = start_table(path, columns, keys * (not single))
+        # A single file is answered each time.
+        done = start_table(path, columns, keys * (recordings[0].path != Path(cfg.input)))
         print(f"Answers go to {path}: {len(done)} of {len(keys)} answered before", file=sys.stderr)
 
     for recording, key in zip(tqdm(recordings, "Recordings", disable=len(keys) < 2), keys):

@@ -4660,7 +4660,7 @@ PREDICT_ALONE = pytest.mark.parametrize("asked", ["predict"], indirect=True)
     *("--no-use-simulated-sentences", "--clip-seconds=2.56", "--bert-model=copy", "--leave-out=sad"),
 ])
 def test_flags_that_change_no_answer_are_refused_by_predict(asked, flag):
-    with pytest.raises(er.UserError, match=f"--phase predict has no use for {flag}, "):
+    with pytest.raises(er.UserError, match=f"--phase predict has no use for {flag}: "):
         er.main([*asked, flag])
 
 
@@ -7214,9 +7214,9 @@ ONE_SENTENCE = {  # what is wrong: (command line, what the sentence must name, h
     "several runs": (
         "--phase predict --input own --output-dir many", f"several runs|{Path('many', 'fold_0_seed_42')}",
         lambda _: touch("many/fold_0_seed_42", "TextRNN_best.pth")),
-    "recordings, other settings": (f"{PREDICT} --n-mels 80", "--phase predict has no use for --n-mels=80, since"),
+    "recordings, other settings": (f"{PREDICT} --n-mels 80", "--phase predict has no use for --n-mels=80: "),
     "recordings, only words known": (
-        PREDICT, "read words|--text",
+        f"{PREDICT}/Actor_01/03-01-01-01-01-01-01.wav", "read words|--text",
         lambda _: (remove("AudioCNN_*", OUTPUT), remove("Speech*", OUTPUT), remove("TextBERT_*", OUTPUT),
                    remove("*Fusion_*", OUTPUT), DEMO_WHISPER.unlink())),
 
