@@ -57,6 +57,7 @@ import csv
 import difflib
 import fnmatch
 import functools
+import glob
 import hashlib
 import importlib
 import io
@@ -114,9 +115,10 @@ OUTPUT_DIR = "outputs"           # folder for checkpoints, tables, plots and the
 PHASE = "all"                    # stages to run; fusion trains the parts that it needs too
 RUN_MODELS = "cnn,speech,rnn,bert,fusion_rnn,fusion_bert"  # models to train, comma-separated
 REUSE_EDITED = False             # keep models that were trained by another version of this code
-INPUT = ""                       # a recording, or a folder of them, for --phase predict
+INPUT = ""                       # recordings to answer: a file, a folder, a pattern (a/*.wav), a CSV of paths
+ASK_SYSTEMS = ""                 # who answers, comma-separated: cnn,late_speech; empty: all that are trained
 TEXT = ""                        # what is said in INPUT; else Whisper's transcript, if its weights are there
-JSON = False                     # --phase predict prints one JSON document and nothing else
+JSON = False                     # --phase predict prints a JSON document for each recording, a line each
 DEMO = False                     # a small synthetic corpus instead, results in OUTPUT_DIR/demo
 DEVICE = "auto"                  # where to compute; auto takes the fastest that is there
 SEED = 42                        # seed of initialisation, order, augmentation and sentences
@@ -187,7 +189,7 @@ ALLOWED = {  # texts: one of them; numbers: least and most, floats if written so
     "speech_c": (1e-9, 1e6),
     **dict.fromkeys(map("learning_rate_{}".format, ("cnn", "rnn", "bert", "fusion")), (0.0, 1e6)),
 }
-LISTS = "run_models", "folds", "leave_out", "merge"  # texts of comma-separated names
+LISTS = "run_models", "folds", "leave_out", "merge", "ask_systems"  # texts of comma-separated names
 DEMO_SETTINGS = {
     "epochs_cnn": 8,
     "epochs_fusion": 4,
@@ -339,11 +341,14 @@ def check_settings(cfg):
     """Raise a UserError that names the first flags which cannot be or do not go together."""
     folds, names = names_in(cfg.folds), set(names_in(cfg.run_models))
     known = [name for name in TRAINED if not name.startswith("attention")]
+    idle = [flag_of(key, getattr(cfg, key)) for key in cfg.given if key not in PREDICTS_WITH]
     # One corpus a run; --download fills the folder of --ravdess-path.
     corpora = holding({f"--manifest {cfg.manifest}": cfg.manifest, "--demo": cfg.demo,
                        "--ravdess-path or --download": cfg.download or "ravdess_path" in cfg.given})
     refuse({
         f"{' and '.join(corpora)} are corpora of their own: leave out all but one": len(corpora) > 1,
+        f"--phase predict has no use for {' '.join(idle)}: leave it out, models are as trained":
+            cfg.phase == "predict" and idle,
         "--phase evaluate needs another corpus: name its table with --manifest":
             cfg.phase == "evaluate" and not cfg.manifest,
         f"--run-models {cfg.run_models!r} is not a list of names out of {', '.join(known)}":
@@ -500,16 +505,18 @@ def unusable(left_out):
 
 
 def audio_files(folder, suffixes=(*AUDIO_SUFFIXES, ".mp4")):
-    """The paths of all files with some suffixes under a folder, links to folders followed once."""
+    """The paths of all files with some suffixes under a folder, of any with (); links to folders once."""
     seen = set()
     for root, folders, files in os.walk(folder, followlinks=True):
         # What --download has not finished is no corpus, nor is what the demo wrote.
-        folders[:] = [name for name in sorted(folders) if Path(root, name).resolve() not in seen
-                      and not name.endswith(UNFINISHED) and (Path(root).name, name) != ("archive", "demo")]
-        seen.update(Path(root, name).resolve() for name in [".", *folders])
-        # Hidden files are notes of the system, such as ._a.wav.
-        paths = (Path(root, file) for file in sorted(files) if not file.startswith("."))
-        yield from (path for path in paths if path.suffix.lower() in suffixes)
+        places = {Path(root, name).resolve(): name for name in sorted(folders, reverse=True)
+                  if not name.endswith(UNFINISHED) and (Path(root).name, name) != ("archive", "demo")}
+        folders[:] = sorted(name for place, name in places.items() if place not in seen)
+        seen.update([*places, Path(root).resolve()])
+        for path in (Path(root, file) for file in sorted(files)):
+            hidden = path.name.startswith(".")  # a note of the system, such as ._a.wav
+            if not suffixes or path.suffix.lower() in suffixes and not hidden:
+                yield path
 
 
 def list_ravdess(folder):
@@ -621,8 +628,11 @@ def read_csv(path, advice):
     return csv.DictReader(lines, delimiter=separator, skipinitialspace=True, strict=True)
 
 
-def read_table(path, needed, optional, advice):
-    """The columns of a CSV as stripped texts, indexed by line number. A UserError names a bad line."""
+def read_table(path, needed, optional, advice, others=False):
+    """The columns of a CSV as stripped texts, indexed by line number; with `others`, all it has.
+
+    A UserError names a bad line.
+    """
     reader = read_csv(path, advice)
     try:
         reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or []]
@@ -632,7 +642,7 @@ def read_table(path, needed, optional, advice):
                         f"quotes, a quote is written twice): {advice}") from error
 
     # What csv lets pass, but would be read as something else than was meant.
-    columns = [*needed, *optional]
+    columns = others and reader.fieldnames or [*needed, *optional]
     named = [name for name in reader.fieldnames if name in columns]
     wide = next((number for number, row in rows.items() if any(row.get(None, []))), 0)
     refuse({f"{path} line 1 must name the columns {' and '.join(needed)}, none twice: {advice}":
@@ -3497,7 +3507,7 @@ def parts_of(results):
     """What PAGES can name: settings, what config.json holds, plots, tables, and what holds or does not."""
     config, table = results.config, table_of(results)
     plots = {path.stem: path for path in sorted(results.folder.glob("plots/*.png"))}
-    settings = pd.Series(config["settings"]).drop(FREE)
+    settings = pd.Series(config["settings"]).drop(FREE, errors="ignore")
     return config["settings"] | config | plots | {
         "audit": "\n".join(config["audit"]),
         "caveats": "; ".join(config["caveats"]),
@@ -3585,10 +3595,13 @@ def word_element(tag):
 
 # %% 21. Prediction on one's own recordings
 NO_SPEECH = "no speech"
-RECORDINGS = {*AUDIO_SUFFIXES, *".m4a .aac .opus .aif .aiff .au .caf .wma .webm .mp4".split()}
+RECORDINGS = {*AUDIO_SUFFIXES, *".m4a .aac .opus .aif .aiff .au .caf .wma .webm .mp4 .oga .w64 .amr .3gp"
+              .split()}
 # Settings that shape no training.
-FREE = "phase output_dir device download input text json reuse_edited given".split()
+FREE = "phase output_dir device download input ask_systems text json reuse_edited given".split()
 ENCODERS = "whisper_model", "whisper_language", "speech_encoder"  # which a prediction may take from elsewhere
+OF_PREDICTOR = *ENCODERS, "ask_systems", "channel"
+PREDICTS_WITH = {*OF_PREDICTOR, *"phase output_dir device input text json demo test_views".split()}
 
 
 def checkpoints_together(cfg):
@@ -3658,17 +3671,21 @@ def choose_first(checkpoints, calibration, cfg):
     """(whose answer stands on top, confidences below which answers are unsure, by system), by validation."""
     windows, log_probs, labels = validation_of(checkpoints)
     answers = predict(log_probs, windows, calibration, cfg)
-    thresholds = {name: fit_threshold(part, labels) for name, part in answers.items()}
+    asked = names_in(cfg.ask_systems) or [*answers]
+    refuse({f"--ask-systems {cfg.ask_systems} is no list of names out of {', '.join(answers)}":
+            set(asked) - set(answers)})
+    thresholds = {name: fit_threshold(answers[name], labels) for name in asked}
     # Who hears and has the least NLL, which is steadier than UAR; unless all of them read words.
-    hearing = [name for name in answers if not reads_words(name)] or [*checkpoints]
+    hearing = [name for name in asked if not reads_words(name)] or asked
     right = {name: answers[name][np.arange(len(labels)), labels] for name in hearing}
     return max(hearing, key=lambda name: np.log(right[name].clip(1e-7)).mean()), thresholds
 
 
 def whisper_loads(cfg, device):
-    """Whether Whisper's weights are on this machine and usable: nobody who asks expects a download."""
-    if whisper_file(cfg.whisper_model).exists():
-        with only_warning():
+    """Whether Whisper's weights are on this machine and usable; only a model that is named may be fetched."""
+    named = "whisper_model" in cfg.given
+    if named or whisper_file(cfg.whisper_model).exists():
+        with only_warning(but=named):
             return bool(load_whisper(cfg.whisper_model, device))
     return False
 
@@ -3677,13 +3694,15 @@ class Predictor:
     """The trained models of a folder, with nothing but their checkpoints, ready for any recording.
 
     Without a folder it has those of OUTPUT_DIR, or the SpeechEncoder that comes with this file. Other
-    settings, such as where Whisper's weights lie (whisper_model), can be given by name. Raises UserError when
-    the folder holds no models that can answer, AudioError when a recording cannot be read.
+    settings, such as where Whisper's weights lie (whisper_model) or who answers (ask_systems), can be given
+    by name. Raises UserError when the folder holds no models that can answer, AudioError when a recording
+    cannot be read.
     """
 
     @single_precision()
     def __init__(self, output_dir="", device="cpu", test_views=0, **settings):
-        refuse({f"a Predictor knows no settings but {', '.join(ENCODERS)}": settings.keys() - set(ENCODERS)})
+        refuse({f"a Predictor knows no settings but {', '.join(OF_PREDICTOR)}":
+                settings.keys() - set(OF_PREDICTOR)})
         if output_dir:
             settings["output_dir"] = str(output_dir)
         cfg = parse_settings([])._replace(phase="predict", device=device, given=tuple(settings), **settings)
@@ -3778,9 +3797,11 @@ class Predictor:
     def ask(self, windows):
         """What each model says to some windows, as `infer` gives it, by name."""
         # Weights are read when they are first needed: a recording without words needs no text encoder.
-        names = [name for name in self.checkpoints if "transcript" in windows or not reads_words(name)]
+        able = [name for name in self.thresholds if "transcript" in windows or not reads_words(name)]
         refuse({f"all models of {self.cfg.output_dir} read words: say with --text what is said, or name a "
-                "table with a column transcript": not names})
+                "table with a column transcript": not able})
+        parts = itertools.chain.from_iterable(SYSTEMS[name].parts for name in able)
+        names = self.checkpoints.keys() & {*able, *parts}
         for name in set(names).difference(self.models):
             self.models[name] = restore(self.checkpoints[name]).to(self.device)
         return {name: infer(self.models[name], windows, self.cfg, self.device) for name in names}
@@ -3789,7 +3810,8 @@ class Predictor:
         """The table of `predict` from log-probabilities of the windows of one recording."""
         answers = predict(log_probs, windows, self.calibration, self.cfg)
         answers = answers or {self.first: np.full((1, len(self.classes)), np.nan)}
-        names = [self.first, *(name for name in answers if name != self.first)]
+        names = sorted(self.thresholds, key=lambda name: name != self.first)
+        names = [name for name in names if name in answers]
         thresholds = [self.thresholds[name] for name in names]
         table = self.table(np.concatenate([answers[name] for name in names]), thresholds, bool(log_probs))
         table["gate"] = windows["gate"][windows["voiced"].idxmax()]
@@ -3825,49 +3847,108 @@ class Predictor:
         }))
 
 
+Recording = namedtuple("Recording", "name path row", defaults=[{}])  # row: {column: text} of a table
+
+
 def recordings_in(cfg):
-    """The files of --input, a recording or a folder of them. Raises UserError when there are none."""
-    path = Path(cfg.input)
-    files = [path]
-    if not path.is_file():
-        files = sorted(audio_files(cfg.input, RECORDINGS))
+    """The Recordings of --input: a file, a folder, a pattern or a table. Raises UserError if none."""
+    path, recordings, passed = Path(cfg.input), [], []
+    if path.suffix.lower() == ".csv":
+        return recordings_listed(path)
+    if path.is_file():  # whatever its name is
+        return [Recording(printable(path.name), path)]
+
+    found = map(Path, glob.glob(cfg.input, recursive=True))
+    if path.is_dir() and cfg.input:
+        found = audio_files(path, ())
+    for file in sorted(file for file in found if not file.is_dir()):
+        name = printable(file.as_posix().removeprefix(f"{path.as_posix()}/"))
+        reason = passed_over(file)
+        passed += [reason] * bool(reason)
+        recordings += [Recording(name, file)] * (not reason)
+
+    if passed:
+        print(f"Not answered: {counted(pd.Series(passed))}", file=sys.stderr)
     reason = "holds no recordings" if path.exists() else "does not exist"
-    refuse({f"--input {cfg.input!r} {reason}: name a recording or a folder of them": not files})
-    return files
+    refuse({f"--input {cfg.input} is an address of the web: download it first":
+            re.match("[a-z]+://", cfg.input),
+            f"--input {cfg.input!r} {reason}: name a recording, a folder, a pattern or a CSV of paths":
+            not recordings})
+    return recordings
 
 
-def words_source(windows, predictor, cfg):
+def recordings_listed(path):
+    """The Recordings of a table with a column path and maybe text, start and end (s). Raises UserError."""
+    advice = "mend it or name another --input"
+    rows = read_table(path, ["path"], [], advice, others=True).to_dict("records")
+    refuse({f"{path} lists no recordings: {advice}": not rows})
+    names = [" ".join(row.get(key, "") for key in ("path", "start", "end")).strip() for row in rows]
+    files = [path.parent / PureWindowsPath(row["path"]).as_posix() for row in rows]
+    return list(map(Recording, names, files, rows))
+
+
+def passed_over(path):
+    """Why a file that was found is not answered; "" if it is."""
+    if path.name.startswith("."):  # a note of the system, such as ._a.wav
+        return "hidden"
+    if not path.is_file():
+        return "broken link"
+    suffix = path.suffix.lower()
+    return "" if suffix in RECORDINGS else printable(suffix) or "no suffix"
+
+
+def words_source(recording, predictor, cfg):
     """Where the words said in a recording come from."""
-    if cfg.text:
-        return "--text"
     # Nobody who asks for an answer expects a download.
-    if not predictor.has_whisper:
-        return "no --text, and no weights of Whisper here: audio alone"
-    return f"Whisper {predictor.cfg.whisper_model}" * ("transcript" in windows)
+    return holding({
+        cfg.input: recording.row.get("text"),
+        "--text": cfg.text,
+        "no --text, and no weights of Whisper here: audio alone": not predictor.has_whisper,
+        f"Whisper {predictor.cfg.whisper_model}": True,
+    })[0]
 
 
-def answer_recording(path, name, predictor, cfg):
+def answer_recording(recording, predictor, cfg, folder):
     """All answers for one recording, a line per system; a long one leaves a table and a plot of its windows.
 
-    Columns: recording, error, model, predicted, unsure, a probability per emotion, gate, note, text,
-    text_source, over_time (the path of that table). Raises AudioError.
+    Columns: error, model, predicted, unsure, a probability per emotion, gate, note, text, text_source,
+    over_time (the path of that table). Raises AudioError.
     """
-    text = printable(cfg.text) or None
-    windows, log_probs = predictor.hear(path, text=text, transcribe=True)
-    over_time, source = "", words_source(windows, predictor, cfg) * bool(log_probs)
+    row = recording.row
+    span = float(row.get("start") or 0), float(row.get("end") or math.inf)
+    text = row.get("text") or printable(cfg.text) or None
+    windows, log_probs = predictor.hear(recording.path, span=span, text=text, transcribe=True)
+    source, over_time = words_source(recording, predictor, cfg) * bool(log_probs), ""
     if len(windows) > 1 and log_probs and not reads_words(predictor.first):
         with only_warning():
-            over_time = save_course(name, predictor.over_time(windows, log_probs), predictor, cfg)
+            course = predictor.over_time(windows, log_probs)
+            over_time = save_course(recording.name, course, predictor, folder)
     table = predictor.as_a_whole(windows, log_probs).reset_index()
     text = windows.get("transcript", pd.Series([None]))[0]
-    return table.assign(recording=name, error="", text=text, text_source=source, over_time=over_time)
+    return table.assign(error="", text=text, text_source=source, over_time=over_time)
 
 
-def save_course(name, course, predictor, cfg):
+def answer_or_reason(recording, predictor, cfg, folder):
+    """What `answer_recording` returns, or a line with the error, which ends no batch."""
+    single = recording.path == Path(cfg.input)
+    try:
+        return answer_recording(recording, predictor, cfg, folder)
+    except Exception as error:  # decoders, torch and a full memory raise many kinds
+        if single and type(error) is UserError:
+            raise
+        reason = printable(str(error) or type(error).__name__)
+    refuse({f"{cfg.input} cannot be used ({reason}): name another --input": single})
+    return pd.DataFrame({"error": [reason], "key": ""})  # without a key it is tried again
+
+
+def plain_name(name, key):
+    """A name for files, from any name and from what must not share them: a/b.wav and a_b.wav are two."""
+    return re.sub(r"[^\w.-]", "_", name)[-100:] + f"-{digest(key)[:6]}"
+
+
+def save_course(name, course, predictor, folder):
     """Write the table and the plot of a recording over time; returns the path of the table as text."""
-    plain = re.sub(r"[^\w.-]", "_", name)[-100:]
-    plain += f"-{digest(name)[:6]}" * (plain != name)  # a/b.wav and a_b.wav must not share a file
-    path = Path(cfg.output_dir, "recordings", f"{plain}.csv")
+    path = Path(folder, f"{plain_name(name, name)}.csv")
     save_table(path, course, predictor.caveats)
     probabilities = course.set_index("end")[predictor.classes]
     axis = probabilities.plot.area(figsize=(9, 3.5), xlabel="seconds", ylabel="probability")
@@ -3880,35 +3961,74 @@ def save_course(name, course, predictor, cfg):
 def predictor_of(cfg):
     """The Predictor of OUTPUT_DIR, with the flags that say where encoders lie. Raises UserError."""
     folder = cfg.output_dir * ("output_dir" in cfg.given)
-    own = {key: getattr(cfg, key) for key in ENCODERS if key in cfg.given}
+    own = {key: getattr(cfg, key) for key in OF_PREDICTOR if key in cfg.given}
     return Predictor(folder, cfg.device, cfg.test_views, **own)
 
 
-def predict_phase(cfg):
-    """Answer for a recording or a folder of them, on the console and in OUTPUT_DIR/recordings."""
-    path, files, tables = Path(cfg.input), recordings_in(cfg), []
-    predictor = predictor_of(cfg)
-    refuse_contradictions(cfg, predictor.cfg._asdict(), encoder_of(predictor.checkpoints), cfg.output_dir)
-    for file in tqdm(files, "Recordings", disable=len(files) < 2):
-        name = printable(file.relative_to(path).as_posix() if path.is_dir() else file.name)
-        try:
-            tables.append(answer_recording(file, name, predictor, cfg))
-        except AudioError as error:
-            refuse({f"{path} cannot be used ({error}): name another --input": file == path})
-            tables.append(pd.DataFrame({"recording": [name], "error": str(error)}))
+def folder_of_answers(cfg):
+    """The folder of the answers to --input, another one for each; beside it lies their table."""
+    folder = Path(cfg.output_dir)
+    if folder.exists() and not os.access(folder, os.W_OK):  # models may lie where nothing can be written
+        folder = Path()
+    return folder / "recordings" / plain_name(Path(cfg.input).name, os.path.abspath(cfg.input))
 
-    columns = ["recording", "error", "model", "predicted", "unsure", *predictor.classes, "gate", "note",
-               "text", "text_source", "over_time"]
-    table = pd.concat(tables, ignore_index=True).reindex(columns=columns)
-    if path.is_dir():
-        with only_warning():
-            save_table(Path(cfg.output_dir, "recordings", "predictions.csv"), table, predictor.caveats)
-    if cfg.json:
-        print(table.to_json(orient="records", indent=1))
-        return
-    for _, lines in table.groupby("recording", sort=False):
-        print_answer(lines.to_dict("records"), predictor.classes)
-    print("\n" + "; ".join([*predictor.caveats, "trained on acted speech: not fit for judging people"]))
+
+def key_of(recording, predictor, cfg):
+    """A key of the bytes of a recording and of what else its answer depends on."""
+    trained = [checkpoint.fingerprint for checkpoint in predictor.checkpoints.values()]
+    parts = [recording.name, recording.row, trained, predictor.cfg, predictor.has_whisper, cfg.text]
+    with contextlib.suppress(OSError, MemoryError):
+        parts.append(recording.path.read_bytes())
+    return digest(*parts)
+
+
+def start_table(path, columns, keys):
+    """Begin a table of answers with what it holds of those with one of `keys`; returns these keys."""
+    before = pd.DataFrame(columns=columns)
+    # A kill may have cut off the last line: pandas' own parser would then read nothing.
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        found = pd.read_csv(path, dtype=str, keep_default_na=False, engine="python")[columns]
+        unfit = found.loc[~found["key"].isin(keys), "recording"]
+        before = found[~found["recording"].isin(unfit)]
+    save(path, before)
+    return set(before["key"])
+
+
+def columns_of(recordings, classes):
+    """The columns of a table of answers: those of an answer, those of the table that lists the recordings."""
+    own = recordings[0].row
+    answer = "recording error model predicted unsure".split(), classes, "gate note text text_source".split()
+    return list(dict.fromkeys([*itertools.chain(*answer), "over_time", *own, "caveats", "key"]))
+
+
+def predict_phase(cfg):
+    """Answer for the recordings of --input, on the console and in a table that grows by each of them."""
+    recordings, predictor = recordings_in(cfg), predictor_of(cfg)
+    keys = [key_of(recording, predictor, cfg) for recording in recordings]
+    columns = columns_of(recordings, predictor.classes)
+    folder, done = folder_of_answers(cfg), set()
+    path = folder.with_name(f"{folder.name}.csv")
+    with only_warning():
+        # A single file is answered each time.
+        done = start_table(path, columns, keys * (recordings[0].path != Path(cfg.input)))
+        print(f"Answers go to {path}: {len(done)} of {len(keys)} answered before", file=sys.stderr)
+
+    for recording, key in zip(tqdm(recordings, "Recordings", disable=len(keys) < 2), keys):
+        if key in done:
+            continue
+        lines = answer_or_reason(recording, predictor, cfg, folder)
+        known = {"recording": recording.name, "caveats": "; ".join(predictor.caveats), "key": key}
+        lines = pd.DataFrame(recording.row | known | dict(lines), columns=columns)
+        lines = lines.replace(r"[\r\n]+", " ", regex=True)  # a line each, also where a kill cuts
+        with tqdm.external_write_mode():
+            if cfg.json:
+                print(lines.to_json(orient="records"), flush=True)
+            else:
+                print_answer(lines.to_dict("records"), predictor.classes)
+        if path.is_file():
+            lines.to_csv(path, mode="a", header=False, index=False, float_format="%.6f")
+    if not cfg.json:
+        print("\n" + "; ".join([*predictor.caveats, "trained on acted speech: not fit for judging people"]))
 
 
 def print_answer(lines, classes):
@@ -4444,6 +4564,9 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
+        print(end="", flush=True)  # now, while a pipe that is closed can still be told
+    except BrokenPipeError:  # whoever reads has had enough, such as head
+        os._exit(1)  # at once: Python would complain as it ends
     except (UserError, OSError, KeyboardInterrupt) as stop:
         sentence = str(stop) or "stopped; what is finished is kept"
         if in_kernel():

@@ -3754,7 +3754,7 @@ def test_emotion_over_time_is_titled_and_its_legend_has_the_order_of_the_stack(c
         figures.append(figure), keep(figure, *rest, **options)))
     samples = np.tile(speech(), 8)
     course = predictor.predict_over_time(samples, RATE)
-    er.save_course("talk.wav", course, predictor, config(output_dir="out"))
+    er.save_course("talk.wav", course, predictor, "out")
     caveat = "synthetic demo corpus: the figures mean nothing"
     assert titled["talk.wav"] == f"Emotion over time, {TITLES[predictor.first]}: talk.wav\n{caveat}"
     legend = figures[0].axes[0].get_legend()
@@ -4566,7 +4566,7 @@ def test_robustness_errors_are_one_sentence_with_exit_code_2(argv, problem, copi
 
 # %% Prediction on one's own recordings
 ANSWER = ["recording", "error", "model", "predicted", "unsure", *er.EMOTIONS]
-COLUMNS = [*ANSWER, "gate", "note", "text", "text_source", "over_time"]
+COLUMNS = [*ANSWER, "gate", "note", "text", "text_source", "over_time", "caveats", "key"]
 TITLES = {name: er.SYSTEMS[name].title for name in SHOWN}
 PREDICTING = ["--demo", "--phase", "predict", "--input"]
 RECORDINGS = OUTPUT / "recordings"
@@ -4785,9 +4785,15 @@ def test_up_to_six_seconds_are_one_window(listener):
     assert len(long) > 3
 
 
-def read_answers(path=RECORDINGS / "predictions.csv"):
-    """The table that --phase predict leaves for a folder; empty cells are empty texts."""
-    return pd.read_csv(path, keep_default_na=False)
+def table_of_answers(name="own"):
+    """The path of the table that --phase predict leaves for an input of this name."""
+    path, = RECORDINGS.glob(f"{name}-*.csv")
+    return path
+
+
+def read_answers(name="own"):
+    """The table that --phase predict leaves for an input of this name; empty cells are empty texts."""
+    return pd.read_csv(table_of_answers(name), keep_default_na=False)
 
 
 def test_a_folder_is_answered_file_by_file(copied):
@@ -4809,7 +4815,7 @@ def test_a_folder_is_answered_file_by_file(copied):
 
     courses = {line["recording"]: Path(line["over_time"]) for line in good if line["over_time"]}
     assert list(courses) == long
-    assert set(RECORDINGS.glob("*.csv")) == {*courses.values(), RECORDINGS / "predictions.csv"}
+    assert set(RECORDINGS.rglob("*.csv")) == {*courses.values(), table_of_answers()}
     for path in courses.values():
         course = pd.read_csv(path)
         assert len(course) > 5
@@ -4818,10 +4824,11 @@ def test_a_folder_is_answered_file_by_file(copied):
 
 
 def asked_as_json(capsys, *argv):
-    """The lines that --phase predict --json prints, and nothing beside them."""
+    """The answers that --phase predict --json prints, a document of each recording a line, nothing beside."""
     capsys.readouterr()
     er.main([*PREDICTING, *argv, "--json"])
-    return json.loads(capsys.readouterr().out)
+    documents = map(json.loads, capsys.readouterr().out.splitlines())
+    return list(itertools.chain.from_iterable(documents))
 
 
 @pytest.mark.parametrize("broken", ["", "at the end.wav", "at first.wav"])
@@ -4835,10 +4842,11 @@ def test_json_csv_and_console_are_views_of_one_table(broken, copied, capsys):
         assert list(line) == COLUMNS
 
     table = read_answers()
-    assert list(table) == [*COLUMNS, "caveats"]
+    assert list(table) == COLUMNS
     assert list(table["recording"]) == [line["recording"] for line in lines]
     assert list(table["model"]) == [line["model"] or "" for line in lines]
 
+    table_of_answers().unlink()
     er.main([*PREDICTING, *command])
     shown = capsys.readouterr().out
     for line in lines:
@@ -4902,7 +4910,7 @@ def test_prediction_needs_nothing_but_checkpoints(copied):
         assert TITLES[name] in done.stdout
     assert "SpeechEncoder" not in done.stdout
     assert done.stdout.count(ORACLE) == len(names) - 1
-    warning, = done.stderr.splitlines()
+    warning, _ = done.stderr.splitlines()
     assert warning.startswith(f"warning: --whisper-model {DEMO_WHISPER} cannot be loaded")
     assert "Words: --text: 'What a day.'" in done.stdout
     assert "Warning" not in done.stderr
@@ -5038,10 +5046,21 @@ def asked(copied, request):
     return ["--output-dir", str(OUTPUT), "--manifest", "own/corpus.csv", "--phase", "evaluate"]
 
 
-BOTH = pytest.mark.parametrize("asked", ["predict", "evaluate"], indirect=True)
+EVALUATE = pytest.mark.parametrize("asked", ["evaluate"], indirect=True)
+PREDICT_ALONE = pytest.mark.parametrize("asked", ["predict"], indirect=True)
 
 
-@BOTH
+@PREDICT_ALONE
+@pytest.mark.parametrize("flag", [
+    *("--epochs-cnn=1", "--n-mels=64", "--seed=42", "--folds=0", "--run-models=cnn", "--reuse-edited"),
+    *("--no-use-simulated-sentences", "--clip-seconds=2.56", "--bert-model=copy", "--leave-out=sad"),
+])
+def test_flags_that_change_no_answer_are_refused_by_predict(asked, flag):
+    with pytest.raises(er.UserError, match=f"--phase predict has no use for {flag}: "):
+        er.main([*asked, flag])
+
+
+@EVALUATE
 def test_flags_that_contradict_the_models_are_refused(asked, capsys):
     before = contents(OUTPUT)
     contradictions = {
@@ -5068,7 +5087,7 @@ def test_flags_that_contradict_the_models_are_refused(asked, capsys):
     assert capsys.readouterr().out == ""
 
 
-@BOTH
+@EVALUATE
 def test_flags_that_agree_with_the_models_or_shape_no_training_are_free(asked, unpublished, capsys):
     shutil.copytree(ENCODER, "copy")  # of the same content
     agreeing = [*TINY, "--fusion", "both", "--bert-model", "copy"]
@@ -5077,7 +5096,7 @@ def test_flags_that_agree_with_the_models_or_shape_no_training_are_free(asked, u
     assert "warning" not in capsys.readouterr().err
 
 
-@BOTH
+@EVALUATE
 def test_another_text_encoder_of_the_same_kind_is_refused(asked):
     shutil.copytree(ENCODER, "other")
     weights = bytearray(Path("other/model.safetensors").read_bytes())
@@ -5087,7 +5106,7 @@ def test_another_text_encoder_of_the_same_kind_is_refused(asked):
         er.main([*asked, "--bert-model", "other"])
 
 
-@BOTH
+@EVALUATE
 def test_the_flags_of_the_training_stay_right_when_the_encoder_is_gone(asked, unpublished):
     shutil.rmtree("archive")
     er.main([*asked, "--bert-model", str(ENCODER)])
@@ -5095,7 +5114,7 @@ def test_the_flags_of_the_training_stay_right_when_the_encoder_is_gone(asked, un
 
 def test_an_answer_that_cannot_be_written_is_still_given(copied, capsys):
     written("own/long.wav", np.tile(speech(), 8))
-    touch(RECORDINGS, "long.wav.csv/in the way", "predictions.csv/in the way")
+    touch(".", str(RECORDINGS))  # a file, where a folder should be
     er.main([*PREDICTING, "own", "--json"])
     output = capsys.readouterr()
     lines = json.loads(output.out)
@@ -5125,7 +5144,7 @@ def test_names_and_words_that_are_no_text_are_answered(copied, capsys):
     good = table.drop(failed.index)
     assert list(failed["recording"]) == ["a?.wav"]
     assert set(good["recording"]) == set(names)
-    plots = list(RECORDINGS.glob("*.png"))
+    plots = list(RECORDINGS.rglob("*.png"))
     assert len(plots) == len(names)
 
 
@@ -5204,15 +5223,16 @@ def test_whisper_is_found_by_the_name_of_its_file_and_loaded_once(whispers):
 def test_whisper_is_asked_only_when_its_weights_are_there_and_for_words_when_there_are_none(whispers, capsys):
     place_of("speech").unlink()  # which would fetch them
     written("a.wav", speech())
-    command = ["a.wav", "--whisper-model", "base"]
-    line, = asked_as_json(capsys, *command)
+    DEMO_WHISPER.rename("away.pt")
+    line, = asked_as_json(capsys, "a.wav")
     assert line["model"] == "AudioCNN"
     assert "audio alone" in line["text_source"]
     assert line["text"] is None
     assert line["gate"].startswith("level, ")
     assert whispers.loaded == []
 
-    touch("cache/whisper", "base.pt")
+    Path("away.pt").rename(DEMO_WHISPER)
+    command = ["a.wav", "--whisper-model", "base"]
     lines = asked_as_json(capsys, *command, "--text", "Well.")
     assert {line["text"] for line in lines} == {"Well."}
     assert whispers.decoded == [1]  # whether there is speech
@@ -5224,6 +5244,225 @@ def test_whisper_is_asked_only_when_its_weights_are_there_and_for_words_when_the
         assert line["text"] == "What a day."
         assert line["text_source"] == "Whisper base"
         assert line["gate"] == "Whisper, no-speech probability 0.10"
+
+
+# %% Batches of recordings
+@pytest.fixture
+def batch(copied, capsys):
+    """The command that answers three recordings by AudioCNN alone."""
+    for name in ("a", "b", "c"):
+        written(f"own/{name}.wav", speech())
+    return [*PREDICTING, "own", "--ask-systems", "cnn"]
+
+
+@pytest.fixture
+def answered(monkeypatch):
+    """The names of the recordings that are answered from here on."""
+    names, answer = [], er.answer_recording
+    monkeypatch.setattr(er, "answer_recording", lambda recording, *rest: (
+        names.append(recording.name), answer(recording, *rest))[1])
+    return names
+
+
+def fail_at(patch, error, name):
+    """Let a recording with this name raise an error where it is read."""
+    read = er.load_clip
+
+    def load(source, *rest):
+        if Path(source).name == name:
+            raise error
+        return read(source, *rest)
+
+    patch.setattr(er, "load_clip", load)
+
+
+@pytest.mark.parametrize(("error", "reason"), [
+    (MemoryError(), "MemoryError"),
+    (RuntimeError("CUDA error:\nmisaligned address"), "CUDA error: misaligned address"),
+    (UnicodeEncodeError("utf-8", "a\udcff", 1, 2, "surrogates not allowed"), "surrogates not allowed"),
+    (er.UserError("--whisper-language xx is none"), "--whisper-language xx is none"),
+    (ZeroDivisionError("by zero"), "by zero"),
+])
+def test_one_file_never_ends_a_batch_and_a_single_one_ends_with_its_sentence(error, reason, batch, monkeypatch):
+    fail_at(monkeypatch, error, "b.wav")
+    er.main(batch)
+    table = read_answers()
+    assert list(table["recording"]) == ["a.wav", "b.wav", "c.wav"]
+    assert reason in table["error"][1]
+    assert list(table["predicted"] != "") == [True, False, True]
+    with pytest.raises(er.UserError, match=reason.split(":")[0]):
+        er.main([*PREDICTING, "own/b.wav"])
+
+
+def after_a_stop(batch, monkeypatch):
+    """Stop a batch with Ctrl-C as its third recording is answered."""
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt(patch, er, "answer_recording", 3)
+        er.main(batch)
+
+
+@pytest.mark.parametrize(("change", "again"), [
+    ("nothing", ["c.wav"]),
+    ("a kill cut the last line", ["b.wav", "c.wav"]),
+    ("a kill cut a quoted cell", ["b.wav", "c.wav"]),
+    ("other bytes", ["a.wav", "c.wav"]),
+    ("other settings", ["a.wav", "b.wav", "c.wav"]),
+    ("another kind of file", ["a.wav", "b.wav", "c.wav"]),
+])
+def test_a_batch_that_was_stopped_goes_on_where_it_stopped(change, again, batch, answered, monkeypatch, capsys):
+    after_a_stop(batch, monkeypatch)
+    path = table_of_answers()
+    assert list(read_answers()["recording"]) == ["a.wav", "b.wav"]
+    changes = {
+        "a kill cut the last line": lambda: path.write_text(path.read_text()[:-30]),
+        "a kill cut a quoted cell": lambda: path.write_text(path.read_text()[:-30] + '"'),
+        "other bytes": lambda: written("own/a.wav", speech()[:-100]),
+        "other settings": lambda: batch.extend(["--test-views", "1"]),
+        "another kind of file": lambda: path.write_bytes(b"\xff\0"),
+    }
+    changes.get(change, lambda: None)()
+    answered.clear()
+    capsys.readouterr()
+    er.main(batch)
+    assert answered == again
+    assert f"{3 - len(again)} of 3 answered before" in capsys.readouterr().err
+    assert sorted(read_answers()["recording"]) == ["a.wav", "b.wav", "c.wav"]
+    assert path.read_bytes().endswith(b"\n")
+
+
+def test_errors_are_tried_again(batch, answered, monkeypatch):
+    with monkeypatch.context() as patch:
+        fail_at(patch, MemoryError(), "b.wav")
+        er.main(batch)
+    answered.clear()
+    er.main(batch)
+    assert answered == ["b.wav"]
+    assert set(read_answers()["error"]) == {""}
+
+
+def test_json_of_a_batch_is_printed_as_answers_come(batch, monkeypatch, capsys):
+    after_a_stop([*batch, "--json"], monkeypatch)
+    first, second = map(json.loads, capsys.readouterr().out.splitlines())
+    assert [first[0]["recording"], second[0]["recording"]] == ["a.wav", "b.wav"]
+
+
+def test_a_pipe_that_is_closed_ends_quietly(batch):
+    script = subprocess.Popen([sys.executable, str(SCRIPT), *batch, "--json"], text=True,
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    script.stdout.readline()
+    script.stdout.close()
+    said = script.stderr.read()
+    assert script.wait() == 1
+    assert "error" not in said.lower() and "Traceback" not in said
+
+
+def test_what_is_not_answered_of_a_folder_is_counted_by_reason(batch, answered, capsys):
+    touch("own", "a.txt", "b.TXT", "deeper/c.jpg", "README", ".hidden.wav")
+    Path("own/gone.wav").symlink_to("nowhere.wav")
+    er.main(batch)
+    said = capsys.readouterr().err
+    assert "Not answered: .jpg 1, .txt 2, broken link 1, hidden 1, no suffix 1\n" in said
+    assert answered == ["a.wav", "b.wav", "c.wav"]
+
+
+@pytest.mark.parametrize("suffix", [".oga", ".w64", ".amr", ".3gp"])
+def test_recordings_of_phones_and_of_long_sessions_are_answered(suffix):
+    touch("own", f"a{suffix}")
+    recording, = er.recordings_in(config(input="own"))
+    assert recording.name == f"a{suffix}"
+
+
+def test_links_to_folders_are_followed_once(batch, answered):
+    written("elsewhere/d.wav", speech())
+    for name in ("link", "other link"):
+        Path("own", name).symlink_to("../elsewhere", target_is_directory=True)
+    Path("elsewhere/back").symlink_to("../own", target_is_directory=True)
+    er.main(batch)
+    assert answered == ["a.wav", "b.wav", "c.wav", "link/d.wav"]
+
+
+def test_each_input_has_its_own_table_also_a_single_file(copied, capsys):
+    for path in ("one/own/a.wav", "two/own/a.wav"):
+        written(path, np.tile(speech(), 8))
+        er.main([*PREDICTING, str(Path(path).parent)])
+    er.main([*PREDICTING, "one/own/a.wav"])
+    assert len(list(RECORDINGS.glob("own-*.csv"))) == 2
+    assert len(list(RECORDINGS.rglob("a.wav-*.png"))) == 3
+    assert set(read_answers("a.wav")["recording"]) == {"a.wav"}
+
+
+def test_where_the_models_cannot_be_written_to_answers_go_to_the_working_folder(batch, monkeypatch, capsys):
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != OUTPUT)
+    er.main(batch)
+    assert not RECORDINGS.exists()
+    path, = Path("recordings").glob("own-*.csv")
+    assert str(path) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("pattern", "names"), [
+    ("own/[ab].wav", ["own/a.wav", "own/b.wav"]),
+    ("own/**/*.wav", ["own/a.wav", "own/b.wav", "own/c.wav", "own/deeper/d.wav"]),
+    ("own/[d].wav", ["[d].wav"]),
+])
+def test_a_pattern_names_recordings_unless_a_file_has_that_name(pattern, names, batch):
+    written("own/deeper/d.wav", speech())
+    written("own/[d].wav", speech()[:-100])
+    recordings = er.recordings_in(config(input=pattern))
+    assert [recording.name for recording in recordings if "[" not in recording.name or "[d]" in pattern] == names
+
+
+def test_a_table_of_recordings_says_words_and_seconds_and_keeps_its_columns(copied, capsys):
+    written("own/talk.wav", np.tile(speech(), 8))
+    Path("own/calls.csv").write_text(
+        "path,start,end,text,caller\n"
+        "talk.wav,,,,Ann\n"
+        "talk.wav,1.5,3,What a day.,Bob\n"
+        "talk.wav,x,3,,Eve\n"
+        "gone.wav,,,,Eve\n")
+    er.main([*PREDICTING, "own/calls.csv"])
+    table = read_answers("calls.csv")
+    assert list(table["recording"].unique()) == ["talk.wav", "talk.wav 1.5 3", "talk.wav x 3", "gone.wav"]
+    assert list(table.columns[-6:]) == ["path", "start", "end", "caller", "caveats", "key"]
+    callers = table.groupby("recording")["caller"].first()
+    assert callers["talk.wav"] == "Ann" and callers["talk.wav 1.5 3"] == "Bob"
+    errors = table.groupby("recording")["error"].first()
+    assert "'x'" in errors["talk.wav x 3"] and "not readable" in errors["gone.wav"]
+    assert not errors["talk.wav"] and not errors["talk.wav 1.5 3"]
+    part = table[table["recording"] == "talk.wav 1.5 3"]
+    assert set(part["text"]) == {"What a day."}
+    alone = er.Predictor(OUTPUT).predict(np.tile(speech(), 8)[RATE * 3 // 2:3 * RATE], RATE, text="What a day.")
+    assert np.allclose(part["sad"].astype(float), alone["sad"], atol=1e-3)
+
+
+def test_windows_of_a_part_of_a_recording_are_dated_in_the_whole(listener):
+    written("talk.wav", np.resize(speech(), 30 * RATE))
+    windows = listener.windows("talk.wav", span=(10, 20))
+    assert 10 <= windows["start"].min() < 10.5
+    assert 19 < windows["end"].max() <= 20.2
+
+
+@pytest.mark.parametrize("names", ["cnn", "rnn,cnn", "late_rnn"])
+def test_those_who_are_asked_answer_and_nobody_else(names, copied, capsys):
+    written("a.wav", speech())
+    lines = asked_as_json(capsys, "a.wav", "--text", "What a day.", "--ask-systems", names)
+    assert {line["model"] for line in lines} == answering(names.split(","))
+    whole = asked_as_json(capsys, "a.wav", "--text", "What a day.")
+    values = {line["model"]: line["happy"] for line in whole}
+    for line in lines:
+        assert line["happy"] == pytest.approx(values[line["model"]], abs=1e-6)
+
+
+@pytest.mark.parametrize("names", ["cnnn", "cnn,attention_bert_", "AudioCNN"])
+def test_an_unknown_system_that_is_asked_is_an_error_with_those_there_are(names, copied):
+    written("a.wav", speech())
+    with pytest.raises(er.UserError, match=rf"--ask-systems {names} .* cnn, speech, "):
+        er.main([*PREDICTING, "a.wav", "--ask-systems", names])
+
+
+def test_a_model_of_whisper_that_is_mistyped_is_an_error(copied):
+    written("a.wav", speech())
+    with pytest.raises(er.UserError, match="--whisper-model basee cannot be loaded"):
+        er.main([*PREDICTING, "a.wav", "--whisper-model", "basee"])
 
 
 @pytest.mark.benchmark
@@ -7508,9 +7747,9 @@ ONE_SENTENCE = {  # what is wrong: (command line, what the sentence must name, h
     "several runs": (
         "--phase predict --input own --output-dir many", f"several runs|{Path('many', 'fold_0_seed_42')}",
         lambda _: touch("many/fold_0_seed_42", "TextRNN_best.pth")),
-    "recordings, other settings": (f"{PREDICT} --n-mels 80", f"--n-mels=80 contradicts {OUTPUT}"),
+    "recordings, other settings": (f"{PREDICT} --n-mels 80", "--phase predict has no use for --n-mels=80: "),
     "recordings, only words known": (
-        PREDICT, "read words|--text",
+        f"{PREDICT}/Actor_01/03-01-01-01-01-01-01.wav", "read words|--text",
         lambda _: (remove("AudioCNN_*", OUTPUT), remove("Speech*", OUTPUT), remove("TextBERT_*", OUTPUT),
                    remove("*Fusion_*", OUTPUT), DEMO_WHISPER.unlink())),
 
