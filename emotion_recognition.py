@@ -1186,11 +1186,13 @@ def sound_parts(source, rate=0, span=WHOLE):
     if not isinstance(source, (str, Path)):
         yield from array_parts(*numbers_of(source, rate), span)
         return
+    opened = False
     try:
         with open_sound(str(source)) as file:
+            opened = True
             yield from file_parts(file, span)
     except (soundfile.LibsndfileError, OSError, ValueError) as error:
-        if Path(source).suffix.lower() in AUDIO_SUFFIXES:
+        if opened or Path(source).suffix.lower() in AUDIO_SUFFIXES:
             reason = getattr(error, "strerror", None) or str(error).split(": ")[-1].strip()
             raise AudioError(f"not readable ({reason})") from error
         yield from array_parts(*decode_with_librosa(source), span)
@@ -1225,12 +1227,12 @@ def frames_in(span, length, rate):
     """The first and the last frame of a span of a recording of `length` frames. Raises AudioError."""
     start, end = span
     seconds = length / rate
+    refuse({"no samples in it": not length}, AudioError)
     # Tables round their seconds.
-    outside = not 0 <= start < end or start > seconds or seconds + 0.1 < end < math.inf
-    refuse({"no samples in it": not length,
-            f"its segment from {start} to {end} s does not lie in its {seconds:.2f} s": outside},
-           AudioError)
-    return round(start * rate), round(min(end, seconds) * rate)
+    inside = 0 <= start < min(end, seconds) and not seconds + 0.1 < end < math.inf
+    refuse({f"its segment from {start} to {end} s does not lie in its {seconds:.2f} s": not inside}, AudioError)
+    first = math.floor(start * rate)
+    return first, max(first + 1, round(min(end, seconds) * rate))
 
 
 SIZES = {  # where the header of a file says how long it is: first byte, byte after the last, order
@@ -1261,7 +1263,7 @@ def open_sound(path):
         "cut off: less data than its header says": file.stat().st_size < declared < 0x7FFFF000,
     }, AudioError)
     unfilled = b"data\0\0\0\0"
-    if unfilled in start:
+    if start.startswith(b"RIFF") and unfilled in start:
         path = io.BytesIO(file.read_bytes().replace(unfilled, b"data\xff\xff\xff\xff", 1))
     return soundfile.SoundFile(path)
 
