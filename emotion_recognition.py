@@ -1129,7 +1129,7 @@ def load_clip(source, cfg, rate=0, span=WHOLE):
     samples = samples.reshape(-1, hop)[kept].ravel()
     # Rounding to 16 bits makes steady noise of silence; and a click is no speech.
     noise = top < -30 and spread_of(level[kept]) < STEADY
-    refuse({"silent": noise or len(kept) < LEAST or np.abs(samples).max() > 100}, Silence)
+    refuse({"silent": noise or loud.sum() < LEAST or np.abs(samples).max() > 100}, Silence)
 
     power = power[kept] * 10 ** (-top / 10)
     note = note or "no sound above 4 kHz: less sure" * is_narrow(power, cfg)
@@ -1341,10 +1341,10 @@ def loud_frames(level, cfg):
     """Which frames of levels (T,) in dB are loud enough for speech, and the level of the loudest speech."""
     second = cfg.sampling_rate / cfg.hop_length
     # Clicks and thumps do not last.
-    steady = median_filter(level, 2 * round(0.13 * second) + 1, mode="nearest")
-    top, near = steady.max(), maximum_filter1d(steady, round(2 * second), mode="nearest")
+    steady = median_filter(level, 2 * round(0.13 * second) + 1)
+    top, near = steady.max(), maximum_filter1d(steady, round(2 * second))
     # Who speaks softly is heard beside who shouts, and a pause is none of both.
-    loud = (near > top - cfg.trim_db) & (steady >= np.maximum(near, top - 10) - cfg.trim_db)
+    loud = (near >= top - cfg.trim_db) & (steady >= np.maximum(near, top - 10) - cfg.trim_db)
     return loud, top
 
 
@@ -3742,8 +3742,8 @@ class Predictor:
     def hear(self, recording, sampling_rate=None, span=WHOLE, text=None, transcribe=False):
         """(windows of a recording without their sound, log-probabilities of each model), PART by PART.
 
-        `span` says from which second to which. Windows have `gate`, `note` and, if any is known, `transcript`:
-        the text, or with `transcribe` Whisper's. Without speech `voiced` is 0, and no model is asked.
+        `span` says from which second to which. Windows have `gate` and, if any is known, `transcript`: the
+        text, or with `transcribe` Whisper's. Without speech `voiced` is 0, and no model is asked.
         """
         tables, said, start = [], [], span[0]
         for part, rate in sound_parts(recording, sampling_rate, span):
@@ -3767,17 +3767,19 @@ class Predictor:
         return pd.concat(tables, ignore_index=True), log_probs
 
     def windows(self, samples, rate):
-        """The windows of samples (n, channels) with `gate` and `note`, and what is heard of them at 16 kHz."""
+        """The windows of samples (n, channels), who says whether they are speech, and the sound at 16 kHz."""
         try:
             clip = load_clip(samples, self.cfg, rate)
         except Silence:
             clip = Clip(np.zeros((1, 1)), np.zeros(1, np.float32), np.zeros(1), "")
-        table = pd.DataFrame({"clip": "", "emotion": pd.Categorical([None], self.classes), "note": clip.note,
-                              "mel": [clip.mel], "samples": [clip.samples], "seconds": [clip.seconds]})
+        table = pd.DataFrame({"clip": "", "emotion": pd.Categorical([None], self.classes), "mel": [clip.mel],
+                              "samples": [clip.samples], "seconds": [clip.seconds]})
         windows = windows_of(table, self.cfg)
         heard = soxr.resample(clip.samples, self.cfg.sampling_rate, 16000)
         speech, gate = self.gate(clip, windows, heard)
-        return windows.assign(voiced=windows["voiced"] * speech, gate=gate), heard
+        windows = windows.assign(voiced=windows["voiced"] * speech, gate=gate)
+        windows["gate"] += f"; {clip.note}" * bool(clip.note)
+        return windows, heard
 
     def gate(self, clip, windows, heard):
         """Whether there is speech in the windows of a clip, heard at 16 kHz, and who says so."""
@@ -3841,9 +3843,7 @@ class Predictor:
         models = [self.checkpoints[model] for model in (name, *SYSTEMS[name].parts) if model in self.checkpoints]
         known = set().union(*(model.spec.get("vocabulary", ()) for model in models))
         said = words_in(" ".join(windows.get("transcript", [])))
-        sound = windows["note"].max()
         return ", ".join(holding({
-            sound: sound,
             "trained on simulated sentences": "simulated" in [model.words for model in models],
             "it knows none of these words": known and said != ["<unk>"] and known.isdisjoint(said),
         }))
