@@ -183,11 +183,11 @@ ALLOWED = {  # texts: one of them; numbers: least and most, floats if written so
     "n_fft": (64, 65536),
     "sentence_noise": (0.0, 1.0),
     "ema_decay": (0.0, 0.9999),
-    **dict.fromkeys(("dropout", "word_dropout", "label_smoothing"), (0.0, 0.99)),
-    **dict.fromkeys(("trim_db", "weight_decay", "mixup"), (0.0, 1e6)),
+    **dict.fromkeys("dropout word_dropout label_smoothing".split(), (0.0, 0.99)),
+    **dict.fromkeys("trim_db weight_decay mixup learning_rate_cnn learning_rate_rnn learning_rate_bert "
+                    "learning_rate_fusion".split(), (0.0, 1e6)),
     "clip_seconds": (0.0, 600.0),
     "speech_c": (1e-9, 1e6),
-    **dict.fromkeys(map("learning_rate_{}".format, ("cnn", "rnn", "bert", "fusion")), (0.0, 1e6)),
 }
 LISTS = "run_models", "folds", "leave_out", "merge", "ask_systems"  # texts of comma-separated names
 DEMO_SETTINGS = {
@@ -269,11 +269,10 @@ def source_code():
     return Path(__file__).read_text(encoding="utf-8") if "__file__" in globals() else ""
 
 
-def usage_error(message):
+def usage_error(parser, message):
     """Raise a UserError in place of argparse's SystemExit, which would end a notebook's cell in a dump."""
-    flags = [flag_of(name, True) for name in SETTINGS]
-    flags += [flag_of(name, False) for name in SETTINGS if SETTINGS[name] is bool]
-    typed, *_ = [*re.findall(r"(?<!\S)--?[\w-]+", message), ""]
+    flags = re.findall(r"--[\w-]+", parser.format_help())
+    typed = "".join(re.findall(r"(?<!\S)--?[\w-]+", message)[:1])
     meant, *_ = [*difflib.get_close_matches(typed.lower(), flags, 1, 0.7), typed]
     hint = "--help lists every flag"
     if meant != typed:
@@ -290,7 +289,7 @@ def make_parser():
         formatter_class=argparse.RawDescriptionHelpFormatter, epilog="\n".join(["examples:", *examples]),
         description="Speech emotion recognition on RAVDESS: sound, words, and both.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    parser.error = usage_error
+    parser.error = functools.partial(usage_error, parser)
 
     # A notebook has no file, so its flags have no help.
     _, lines, *_ = [*re.split("# fmt: o[nf]+", source_code()), ""]
@@ -508,11 +507,14 @@ def audio_files(folder, suffixes=(*AUDIO_SUFFIXES, ".mp4")):
     """The paths of all files with some suffixes under a folder, of any with (); links to folders once."""
     seen = set()
     for root, folders, files in os.walk(folder, followlinks=True):
+        place = Path(root).resolve()
+        if place in seen:
+            folders.clear()
+            continue
+        seen.add(place)
         # What --download has not finished is no corpus, nor is what the demo wrote.
-        places = {Path(root, name).resolve(): name for name in sorted(folders, reverse=True)
-                  if not name.endswith(UNFINISHED) and (Path(root).name, name) != ("archive", "demo")}
-        folders[:] = sorted(name for place, name in places.items() if place not in seen)
-        seen.update([*places, Path(root).resolve()])
+        folders[:] = sorted(name for name in folders
+                            if not name.endswith(UNFINISHED) and not Path(root, name).match("archive/demo"))
         for path in (Path(root, file) for file in sorted(files)):
             hidden = path.name.startswith(".")  # a note of the system, such as ._a.wav
             if not suffixes or path.suffix.lower() in suffixes and not hidden:
@@ -2546,7 +2548,6 @@ def definitions():
     return found
 
 
-@functools.cache
 def code_of(name):
     """A key of the code that the training of a system depends on, without docstrings; "" in a notebook.
 
@@ -2642,8 +2643,7 @@ def caveats_of_models(checkpoints):
 
 def encoder_of(checkpoints):
     """The key of the text encoder that models were trained from; "" if none was."""
-    keys = (checkpoint.fingerprint.get("encoder", "") for checkpoint in checkpoints.values())
-    return next(filter(None, keys), "")
+    return max(checkpoint.fingerprint.get("encoder", "") for checkpoint in checkpoints.values())
 
 
 # %% 16. Calibration and prediction: the one way from clips to probabilities
@@ -2808,10 +2808,6 @@ class Results:
         return self.predictions.query("split == 'test'")
 
 
-RESULT_KEYS = set("corpus subject date command settings versions caveats classes titles oracles "
-                  "unseen_actors not_run calibration encoder audit tables".split())
-
-
 def save_results(folder, config, **tables):
     """Write what read_results reads, config.json last: without it a folder counts as unfinished."""
     path = Path(folder, "config.json")
@@ -2828,8 +2824,7 @@ def read_results(folder):
     path, tables = Path(folder, "config.json"), {}
     config = read_back(path)
     refuse({f"{path} is foreign: make it again with --phase all, or name another --output-dir":
-            not (isinstance(config, dict) and set(config) >= RESULT_KEYS
-                 and set(config["settings"]) >= set(Settings._fields))})
+            not {*saved_in(folder, "settings", ())} >= set(Settings._fields)})
     for name, key in config["tables"].items():
         file = path.with_name(f"{name}.csv")
         content = read_back(file, Path.read_bytes)
@@ -2841,7 +2836,7 @@ def read_results(folder):
     return Results(path.parent, config, **tables)
 
 
-GROUPS = (), ("fold", "seed"), ("actor",), ("sex",), ("intensity",), ("emotion",)
+GROUPS = "", "fold seed", "actor", "sex", "intensity", "emotion"
 
 
 @functools.lru_cache(maxsize=16)
@@ -2856,16 +2851,6 @@ def figures_of(results, *by):
 def test_uar(results, *by):
     """The UAR on the test split of every system, or of groups as in `figures_of`: a Series."""
     return figures_of(results, *by)["uar"].xs("test", level="split")
-
-
-def all_figures(results):
-    """What metrics.json holds: a flat list, a dict per system, split and group; `by` says what groups."""
-    lines = []
-    for by in GROUPS:
-        if set(by) <= set(results.predictions):
-            figures = figures_of(results, *by).reset_index().assign(by=" ".join(by))
-            lines += figures.to_dict("records")
-    return lines
 
 
 def score(table, classes):
@@ -2992,18 +2977,6 @@ def summarize(results):
     return summary.join(test.drop(columns=["clips", "uar"])).loc[list(draws)]
 
 
-def paired_differences(results):
-    """Pooled test UAR of each system minus that of each other: a row per pair, with the 95 % interval.
-
-    The interval is that of the paired bootstrap.
-    """
-    draws, uar, rows = bootstrap(results), test_uar(results), []
-    for first, second in itertools.combinations(draws, 2):
-        low, high = (draws[first] - draws[second]).quantile([0.025, 0.975])
-        rows.append((first, second, uar[first] - uar[second], low, high))
-    return pd.DataFrame(rows, columns=["system", "against", "difference", "low", "high"])
-
-
 def percent(share):
     """A share as all pages write it: 65.5 %."""
     return f"{100 * share:.1f} %"
@@ -3056,7 +3029,7 @@ def replacing(path):
         raise UserError(f"{path} cannot be written ({error}): name another --output-dir") from error
     finally:
         with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+            temporary.unlink()
 
 
 def save(path, content):
@@ -3166,7 +3139,8 @@ def download_corpus(cfg):
     with contextlib.suppress(UserError):
         print(f"Nothing to download: RAVDESS clips are in {find_corpus(cfg)}")
         return
-    folder, part = Path(cfg.ravdess_path), Path(f"{Path(cfg.ravdess_path)}{UNFINISHED}")
+    folder = Path(cfg.ravdess_path)
+    part = Path(f"{folder}{UNFINISHED}")
     print(f"RAVDESS: {ARCHIVE['megabytes']} MB from {ARCHIVE['url']}\nLicence CC BY-NC-SA 4.0, not for "
           "commercial use; cite Livingstone & Russo (2018), PLoS ONE 13(5): e0196391", flush=True)
     try:
@@ -3226,13 +3200,18 @@ def save_plot(figure, results, name, title, words=True):
                 f"{title}\n{results.config['subject']}", words)
 
 
+def legend_beside(axis, **options):
+    """A legend to the right of a plot, where it hides nothing."""
+    axis.legend(loc="upper left", bbox_to_anchor=(1, 1), **options)
+
+
 def plot_counts(clips, subject, folder, caveats):
     """Clips per emotion in each split."""
     import seaborn as sns
     # Bars lie, so that long names are readable, however many there are.
     figure = plt.figure(figsize=(7, 5))
     sns.countplot(clips, y="emotion", hue="split", hue_order=SPLITS)
-    plt.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    legend_beside(plt)
     save_figure(figure, folder / "plots" / "class_counts.png", caveats, f"{subject}, {len(clips)} clips",
                 words=False)
 
@@ -3284,7 +3263,7 @@ def plot_comparison(results):
                                     figsize=(9.5, 1.2 + 0.3 * len(summary)))
     axis.axvline(100 / len(results.classes), color="firebrick", label="chance")
     axis.invert_yaxis()
-    axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    legend_beside(axis)
     save_plot(axis.figure, results, "comparison", "Test UAR in % with 95 % interval: sound alone is blue")
 
 
@@ -3315,7 +3294,7 @@ def plot_coverage(results):
         plt.plot(100 * shares, 100 * np.array(uars), label=results.titles[name])
     plt.xlabel("answered in %")
     plt.ylabel("UAR in %")
-    plt.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=7)
+    legend_beside(plt, fontsize=7)
     save_plot(figure, results, "coverage", "UAR of the most confident answers")
 
 
@@ -3489,11 +3468,17 @@ def printable(text):
 
 
 def differences_table(results):
-    """Paired differences with their 95 % intervals, as texts in points."""
-    pairs = paired_differences(results).replace(results.titles)
-    numbers = ["difference", "low", "high"]
-    pairs[numbers] = (100 * pairs[numbers]).map("{:+.1f}".format)
-    return pairs
+    """Pooled test UAR of each system minus that of each other, with the 95 % interval, as texts in points.
+
+    The interval is that of the paired bootstrap.
+    """
+    draws, uar, titles = 100 * bootstrap(results), 100 * test_uar(results), results.titles
+    rows = []
+    for first, second in itertools.combinations(draws, 2):
+        interval = (draws[first] - draws[second]).quantile([0.025, 0.975])
+        points = map("{:+.1f}".format, [uar[first] - uar[second], *interval])
+        rows.append((titles[first], titles[second], *points))
+    return pd.DataFrame(rows, columns="system against difference low high".split())
 
 
 def networks_table(results):
@@ -3602,8 +3587,8 @@ RECORDINGS = {*AUDIO_SUFFIXES, *".m4a .aac .opus .aif .aiff .au .caf .wma .webm 
 # Settings that shape no training.
 FREE = "phase output_dir device download input ask_systems text json reuse_edited given".split()
 ENCODERS = "whisper_model", "whisper_language", "speech_encoder"  # which a prediction may take from elsewhere
-OF_PREDICTOR = *ENCODERS, "ask_systems", "channel"
-PREDICTS_WITH = {*OF_PREDICTOR, *"phase output_dir device input text json demo test_views".split()}
+OF_PREDICTOR = *ENCODERS, "ask_systems", "channel", "test_views"
+PREDICTS_WITH = {*OF_PREDICTOR, *"phase output_dir device input text json demo".split()}
 
 
 def checkpoints_together(cfg):
@@ -3650,7 +3635,7 @@ def refuse_contradictions(cfg, saved, encoder, where):
 
 
 # Beside this file lies a SpeechEncoder that archive/head.py trained on all of RAVDESS.
-SHIPPED, SHIPPED_NAME = "archive", f"{SYSTEMS['speech'].file}_best.pth"
+SHIPPED = Path("archive", f"{SYSTEMS['speech'].file}_best.pth")
 # A recording is no speech when Whisper's no-speech probability is above this. Clips of RAVDESS and synthetic
 # music and noise lie on either side: see archive/RESULTS.md.
 NO_SPEECH_ABOVE = 0.5
@@ -3664,23 +3649,23 @@ def folder_of_models(cfg):
     if trained or "output_dir" in cfg.given:
         return folder
     shipped = Path(globals().get("__file__", "")).parent / SHIPPED
-    refuse({f"{folder} holds no trained model, and {shipped / SHIPPED_NAME}, which comes with this file, is "
-            f"not there: fetch it, or {TRAIN_AGAIN}": not (shipped / SHIPPED_NAME).exists()})
-    return shipped
+    refuse({f"{folder} holds no trained model, and {shipped}, which comes with this file, is not there: "
+            f"fetch it, or {TRAIN_AGAIN}": not shipped.exists()})
+    return shipped.parent
 
 
 def choose_first(checkpoints, calibration, cfg):
-    """(whose answer stands on top, confidences below which answers are unsure, by system), by validation."""
+    """Confidences below which answers are unsure, by system, that which is best on validation first."""
     windows, log_probs, labels = validation_of(checkpoints)
     answers = predict(log_probs, windows, calibration, cfg)
     asked = names_in(cfg.ask_systems) or [*answers]
     refuse({f"--ask-systems {cfg.ask_systems} is no list of names out of {', '.join(answers)}":
             set(asked) - set(answers)})
-    thresholds = {name: fit_threshold(answers[name], labels) for name in asked}
     # Who hears and has the least NLL, which is steadier than UAR; unless all of them read words.
     hearing = [name for name in asked if not reads_words(name)] or asked
     right = {name: answers[name][np.arange(len(labels)), labels] for name in hearing}
-    return max(hearing, key=lambda name: np.log(right[name].clip(1e-7)).mean()), thresholds
+    first = max(hearing, key=lambda name: np.log(right[name].clip(1e-7)).mean())
+    return {name: fit_threshold(answers[name], labels) for name in [first, *asked]}
 
 
 def whisper_loads(cfg, device):
@@ -3702,27 +3687,27 @@ class Predictor:
     """
 
     @single_precision()
-    def __init__(self, output_dir="", device="cpu", test_views=0, **settings):
+    def __init__(self, output_dir="", device="cpu", **settings):
         refuse({f"a Predictor knows no settings but {', '.join(OF_PREDICTOR)}":
                 settings.keys() - set(OF_PREDICTOR)})
         if output_dir:
             settings["output_dir"] = str(output_dir)
         cfg = parse_settings([])._replace(phase="predict", device=device, given=tuple(settings), **settings)
-        cfg = cfg._replace(output_dir=str(folder_of_models(cfg)), test_views=test_views or cfg.test_views)
+        cfg = cfg._replace(output_dir=str(folder_of_models(cfg)))
         self.checkpoints, self.device, self.models = checkpoints_together(cfg), pick_device(cfg), {}
         self.classes = next(iter(self.checkpoints.values())).classes
         self.calibration = calibrate(self.checkpoints, cfg)
         self.caveats = caveats_of_models(self.checkpoints)
-
-        self.first, self.thresholds = choose_first(self.checkpoints, self.calibration, cfg)
+        self.thresholds = choose_first(self.checkpoints, self.calibration, cfg)
+        self.first, *_ = self.thresholds
 
         # What a training depends on is as that training had it, other settings as the last one.
         *_, last = self.checkpoints.values()
         saved = cfg._asdict() | last.settings
         for checkpoint in self.checkpoints.values():
             saved |= {key: checkpoint.settings[key] for key in checkpoint.fingerprint.keys() & saved}
-        trained = set(cfg._fields).difference(FREE, ["test_views"])
-        self.cfg = cfg._replace(**{key: saved[key] for key in trained.difference(settings)})
+        trained = set(cfg._fields).difference(FREE, settings, ["test_views"])
+        self.cfg = cfg._replace(**{key: saved[key] for key in trained})
         self.has_whisper = whisper_loads(self.cfg, self.device)
 
     def predict(self, recording, sampling_rate=None, text=None):
@@ -3812,8 +3797,7 @@ class Predictor:
         """The table of `predict` from log-probabilities of the windows of one recording."""
         answers = predict(log_probs, windows, self.calibration, self.cfg)
         answers = answers or {self.first: np.full((1, len(self.classes)), np.nan)}
-        names = sorted(self.thresholds, key=lambda name: name != self.first)
-        names = [name for name in names if name in answers]
+        names = [name for name in self.thresholds if name in answers]
         thresholds = [self.thresholds[name] for name in names]
         table = self.table(np.concatenate([answers[name] for name in names]), thresholds, bool(log_probs))
         table["gate"] = windows["gate"][windows["voiced"].idxmax()]
@@ -3954,7 +3938,7 @@ def save_course(name, course, predictor, folder):
     save_table(path, course, predictor.caveats)
     probabilities = course.set_index("end")[predictor.classes]
     axis = probabilities.plot.area(figsize=(9, 3.5), xlabel="seconds", ylabel="probability")
-    axis.legend(loc="upper left", bbox_to_anchor=(1, 1), reverse=True)  # in the order of the stack
+    legend_beside(axis, reverse=True)  # in the order of the stack
     title = f"Emotion over time, {SYSTEMS[predictor.first].title}: {name}"
     save_figure(axis.figure, path.with_suffix(".png"), predictor.caveats, title, words=False)
     return str(path)
@@ -3964,7 +3948,7 @@ def predictor_of(cfg):
     """The Predictor of OUTPUT_DIR, with the flags that say where encoders lie. Raises UserError."""
     folder = cfg.output_dir * ("output_dir" in cfg.given)
     own = {key: getattr(cfg, key) for key in OF_PREDICTOR if key in cfg.given}
-    return Predictor(folder, cfg.device, cfg.test_views, **own)
+    return Predictor(folder, cfg.device, **own)
 
 
 def folder_of_answers(cfg):
@@ -3998,9 +3982,9 @@ def start_table(path, columns, keys):
 
 def columns_of(recordings, classes):
     """The columns of a table of answers: those of an answer, those of the table that lists the recordings."""
+    first, last = "recording error model predicted unsure", "gate note text text_source over_time"
     own = recordings[0].row
-    answer = "recording error model predicted unsure".split(), classes, "gate note text text_source".split()
-    return list(dict.fromkeys([*itertools.chain(*answer), "over_time", *own, "caveats", "key"]))
+    return list(dict.fromkeys([*first.split(), *classes, *last.split(), *own, "caveats", "key"]))
 
 
 def predict_phase(cfg):
@@ -4009,7 +3993,7 @@ def predict_phase(cfg):
     keys = [key_of(recording, predictor, cfg) for recording in recordings]
     columns = columns_of(recordings, predictor.classes)
     folder, done = folder_of_answers(cfg), set()
-    path = folder.with_name(f"{folder.name}.csv")
+    path = Path(f"{folder}.csv")
     with only_warning():
         # A single file is answered each time.
         done = start_table(path, columns, keys * (recordings[0].path != Path(cfg.input)))
@@ -4036,22 +4020,25 @@ def predict_phase(cfg):
 def print_answer(lines, classes):
     """One recording on the console: a bar per emotion by the first system, then the others."""
     first, *others = lines
-    unsure = " (unsure)" * int(first["unsure"] == 1)  # empty beside an error
-    print(f"\n{first['recording']}: {first['error'] or first['predicted']}{unsure}")
-    if first["predicted"] == NO_SPEECH:
-        print(f"  {'music or noise? ' * ('silent' not in first['gate'])}({first['gate']})")
-    if first["error"] or first["predicted"] == NO_SPEECH:
+    if first["error"]:
+        print("\n{recording}: {error}".format_map(first))
         return
+    print("\n{recording}: {predicted}".format_map(first) + " (unsure)" * int(first["unsure"]))
+    if first["predicted"] == NO_SPEECH:
+        question = "music or noise? " * ("silent" not in first["gate"])
+        print(f"  {question}({first['gate']})")
+        return
+
     for emotion in sorted(classes, key=first.get, reverse=True):
-        print(f"  {emotion:12} {first[emotion]:6.1%}  {'#' * round(40 * first[emotion])}")
+        share = first[emotion]
+        print("  {:12} {:6.1%}  {}".format(emotion, share, "#" * round(40 * share)))
     for line in others:
-        note = f" ({line['note']})" * bool(line["note"])
-        unsure = ", unsure" * int(line["unsure"])
-        print(f"  {line['model']}{note}: {line['predicted']} {line[line['predicted']]:.1%}{unsure}")
-    print(f"  {first['model']}. Speech: {first['gate']}")
-    print(f"  Words: {first['text_source']}" + f": {first['text']!r}" * (first["text"] is not None))
-    if first["over_time"]:
-        print(f"  Over time: {first['over_time']} and .png beside it")
+        note, unsure = " ({note})" * bool(line["note"]), ", unsure" * int(line["unsure"])
+        form = "  {model}" + note + ": {predicted} {:.1%}" + unsure
+        print(form.format(line[line["predicted"]], **line))
+    said = ": {text!r}" * (first["text"] is not None)
+    over_time = "\n  Over time: {over_time} and .png beside it" * bool(first["over_time"])
+    print(("  {model}. Speech: {gate}\n  Words: {text_source}" + said + over_time).format_map(first))
 
 
 # %% 22. The demo
@@ -4157,11 +4144,10 @@ def describe_corpus(corpus):
     if "statement" in clips:
         sentences.append(missing_clips(clips))
     same = clips[clips.duplicated("digest", keep=False)].groupby("digest")["clip"].agg(list)
-    for first, second, *more in same[:1]:
-        others = f" and {len(more)} more" * bool(more)
-        sentences.append(f"Same bytes under several names: {plural(len(same), 'time')}, the first {first} = "
-                         f"{second}{others}.")
-    sentences += [f"Left out: {line.path}: {line.reason}." for line in broken[:10].itertuples()]
+    for names in same[:1]:
+        sentences.append(f"Same bytes under several names: {plural(len(same), 'time')}, the first "
+                         f"{' = '.join(names[:5])}.")
+    sentences += itertools.starmap("Left out: {}: {}.".format, broken[:10].to_numpy())
     return sentences + holding({f"Left out: {len(broken) - 10} more, see left_out.csv.": len(broken) > 10})
 
 
@@ -4193,9 +4179,9 @@ def describe_split(clips, corpus, run):
     """The clips and actors of each split, and how many actors stand in several, as one sentence."""
     texts, named = [], clips[clips["actor"] != ""]
     for split in SPLITS:
-        actors = sorted(named.loc[named["split"] == split, "actor"].unique())
-        who = f" of actors {' '.join(map(str, actors))}" * bool(actors)
-        texts.append(f"{split} {sum(clips['split'] == split)} clips{who}")
+        part = clips[clips["split"] == split]
+        actors = " ".join(map(str, sorted(set(part["actor"]))))
+        texts.append(f"{split} {len(part)} clips" + f" of actors {actors}" * bool(actors))
 
     shared = sum(named.groupby("actor")["split"].nunique() > 1)
     other = clips["emotion"] != clips.get("sentence_emotion", clips["emotion"])
@@ -4361,7 +4347,13 @@ def write_results(cfg, corpus, lacking, table, histories, **facts):
 
 def publish(results):
     """Tables on the console, metrics.json, plots and report of Results. Raises UserError."""
-    save(results.folder / "metrics.json", all_figures(results))
+    # A flat list: a dict per system, split and group; `by` says what groups.
+    metrics = []
+    for by in GROUPS:
+        if set(by.split()) <= set(results.predictions):
+            figures = figures_of(results, *by.split()).reset_index()
+            metrics += figures.assign(by=by).to_dict("records")
+    save(results.folder / "metrics.json", metrics)
     table, caveats = table_of(results), "; ".join(results.config["caveats"]) or "unseen speakers"
     title = f"{results.config['subject']} ({caveats})"
     print(f"\n{title}\n{table.to_string(index=False)}", flush=True)
@@ -4409,7 +4401,7 @@ def results_of(trained, clips_of):
         checkpoints = {name: checkpoints[name] for name in checkpoints if name in everywhere}
         key, clips = {"fold": run.fold, "seed": run.seed}, clips_of[run]
         caveats += caveats_of_models(checkpoints)
-        calibration[str(key)] = calibrate(checkpoints, run)
+        decided = calibration[str(key)] = calibrate(checkpoints, run)
         log_probs = {name: checkpoint.log_probs for name, checkpoint in checkpoints.items()}
         windows = pd.DataFrame(next(iter(checkpoints.values())).windows)
         answers = predict(log_probs, windows, calibration[str(key)], run)
@@ -4455,8 +4447,8 @@ def evaluate_phase(cfg):
     refuse_contradictions(cfg, saved._asdict(), encoder, folder)
     # The features are those of the training, the corpus is another one.
     work = saved._replace(
-        phase="evaluate", output_dir=evaluation_folder(cfg), given=cfg.given, split="speaker", folds="0",
-        runs=1, demo=False, fusion="both", use_simulated_sentences=False, leave_out="")
+        output_dir=evaluation_folder(cfg), given=cfg.given, split="speaker", folds="0", runs=1, demo=False,
+        fusion="both", use_simulated_sentences=False, leave_out="")
     whole = read_corpus(work, predictor.classes)
     corpus = shared_emotions(whole, predictor.classes, cfg)
     classes, emotions = classes_of(corpus.clips), whole.clips["emotion"]
@@ -4514,10 +4506,11 @@ def elsewhere(predictor, corpus):
         log_probs["speech_adapted"] = adapted(windows, checkpoint, predictor.cfg, predictor.device)
         calibration = calibration | {"speech_adapted": calibration["speech"]}
     answers = predict(log_probs, windows, calibration, predictor.cfg)
-    table = predictions_table(answers, corpus.clips, predictor.classes, fold=0, seed=0)
-    shares = table[classes_of(corpus.clips)].clip(1e-7)
-    shares = shares.div(shares.sum(axis=1), axis=0)
-    return table.drop(columns=predictor.classes).assign(predicted=shares.idxmax(axis=1)).join(shares)
+    classes = classes_of(corpus.clips)
+    for name in answers:
+        shares = answers[name][:, labels_of(classes, predictor.classes)].clip(1e-7)
+        answers[name] = shares / shares.sum(axis=1, keepdims=True)
+    return predictions_table(answers, corpus.clips, classes, fold=0, seed=0)
 
 
 @contextlib.contextmanager
