@@ -444,9 +444,8 @@ def read_corpus(cfg, known=()):
             clips.empty})
     split, words = split_kind(clips, cfg), words_kind(clips, cfg)
     name = Path(cfg.manifest).name or "RAVDESS"
-    asked = not {"sentence_noise", "sentences_csv"}.isdisjoint(cfg.given)
     refuse({f"--sentence-noise and --sentences-csv are for simulated sentences, which {name} does not use: "
-            "leave them out": asked and words != "simulated"})
+            "leave them out": words != "simulated" and {"sentence_noise", "sentences_csv"} & {*cfg.given}})
     return Corpus(name, str(source), clips, left_out, split, words, caveats_of(clips, split, words, cfg))
 
 
@@ -488,9 +487,9 @@ def find_corpus(cfg):
     reason = "does not exist"
     if path.exists():
         reason = "holds no clips named like 03-01-05-01-02-01-12.wav"
-    searched = ", ".join(map(str, places))
-    raise UserError(f"{path} {reason} (searched: {searched}): fetch RAVDESS with --download, or unpack "
-                    f"Audio_Speech_Actors_01-24.zip of https://zenodo.org/records/1188976 into {path}, or "
+    raise UserError(f"{path} {reason} (searched: {', '.join(map(str, places))}): fetch RAVDESS with "
+                    "--download, or unpack Audio_Speech_Actors_01-24.zip of "
+                    f"https://zenodo.org/records/1188976 into {path}, or "
                     "name a folder of its clips with --ravdess-path, or try the synthetic corpus with --demo")
 
 
@@ -507,15 +506,15 @@ def audio_files(folder, suffixes=(*AUDIO_SUFFIXES, ".mp4")):
     """The paths of all files with some suffixes under a folder, of any with (); links to folders once."""
     seen = set()
     for root, folders, files in os.walk(folder, followlinks=True):
-        place = Path(root).resolve()
-        if place in seen:
+        root = Path(root)
+        if root.resolve() in seen:
             folders.clear()
             continue
-        seen.add(place)
+        seen.add(root.resolve())
         # What --download has not finished is no corpus, nor is what the demo wrote.
         folders[:] = sorted(name for name in folders
-                            if not name.endswith(UNFINISHED) and not Path(root, name).match("archive/demo"))
-        for path in (Path(root, file) for file in sorted(files)):
+                            if not name.endswith(UNFINISHED) and not (root / name).match("archive/demo"))
+        for path in map(root.joinpath, sorted(files)):
             hidden = path.name.startswith(".")  # a note of the system, such as ._a.wav
             if not suffixes or path.suffix.lower() in suffixes and not hidden:
                 yield path
@@ -528,15 +527,14 @@ def list_ravdess(folder):
     """
     rows = []
     for path in audio_files(folder):
-        name = path.name.lower()
-        reason = next(reason for reason, pattern in REASONS.items() if re.match(pattern, name))
+        reason = next(why for why, pattern in REASONS.items() if re.match(pattern, path.name.lower()))
         # What is no clip has the code 0, which says nothing.
         codes = [0] * 7 if reason else map(int, path.stem.split("-"))
         rows.append((path.stem, str(path), reason, *codes))
 
     codes = "modality channel emotion intensity statement repetition actor".split()
     files = pd.DataFrame(rows, columns=["clip", "path", "reason", *codes])
-    files["emotion"] = pd.Categorical(files["emotion"].map(dict(enumerate(EMOTIONS, 1))), EMOTIONS)
+    files["emotion"] = pd.Categorical.from_codes(files["emotion"] - 1, EMOTIONS)
     files["intensity"] = files["intensity"].map({1: "normal", 2: "strong"})
     files["sex"] = files["actor"].mod(2).map({0: "female", 1: "male"})
     # Where one name is another corpus's, its neighbours' numbers fit but mean something else.
@@ -555,21 +553,21 @@ def list_manifest(path):
     speaker, split or transcript that is empty throughout counts as absent. A UserError names a bad line.
     """
     advice = "mend it or leave out --manifest"
-    optional = ["speaker", "split", "transcript", "start", "end"]
-    table = read_table(path, ["path", "emotion"], optional, advice)
+    table = read_table(path, ["path", "emotion"], "speaker split transcript start end".split(), advice)
     # Tables come from Windows too, and "Sad " is "sad".
     table["path"] = [PureWindowsPath(os.path.expanduser(text)).as_posix() for text in table["path"]]
     table["emotion"] = table["emotion"].str.lower()
     table["split"] = table["split"].str.lower().replace(SPLIT_NAMES)
     segments = ("#" + table["start"] + "-" + table["end"]).replace("#-", "")
     table["clip"], table["span"] = table["path"] + segments, spans_of(table)
+    table["file"] = table["path"].map(Path(path).parent.joinpath)
     refuse_manifest(path, table, advice)
 
-    emotions = dict.fromkeys([*EMOTIONS, *sorted(set(table["emotion"]))])
+    emotions = dict.fromkeys([*EMOTIONS, *sorted(table["emotion"])])
     emotion = pd.Categorical(table["emotion"], list(emotions)).remove_unused_categories()
     refuse({f"{path} has fewer than two emotions to tell apart: {advice}": len(emotion.categories) < 2})
     files = table[["clip", "span"]].assign(
-        path=[str(Path(path).parent / clip) for clip in table["path"]],
+        path=table["file"].astype(str),
         emotion=emotion,
         actor=numbers_if_plain(one_spelling(table["speaker"])))
     known = [name for name in ("split", "transcript") if (table[name] != "").any()]
@@ -586,7 +584,7 @@ def refuse_manifest(path, table, advice):
     """Raise a UserError for the first line of a manifest that is not what it should be."""
     named, split = table["speaker"] != "", table["split"]
     # Two spellings may name one file.
-    files = table["path"].map(Path(path).parent.joinpath).map(os.path.realpath).str.normalize("NFC")
+    files = table["file"].map(os.path.realpath).str.normalize("NFC")
     refuse_lines(path, table, (files + table["span"].map(str)).rename("path"), {
         "it has no path": table["path"] == ".",  # how pathlib writes ""
         "it has no emotion": table["emotion"] == "",
@@ -626,8 +624,8 @@ def read_csv(path, advice):
     # Excel separates by semicolons where commas are decimal, and may say so in a line of its own.
     text = re.sub(r'^"?sep=[^\r\n]*\s+', "", text)
     separator = max(",;\t", key=text.partition("\n")[0].count)
-    lines = io.StringIO(text, newline="")
-    return csv.DictReader(lines, delimiter=separator, skipinitialspace=True, strict=True)
+    return csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True,
+                          strict=True)
 
 
 def read_table(path, needed, optional, advice, others=False):
@@ -728,8 +726,8 @@ def words_kind(clips, cfg):
         return "manifest"
     if not cfg.use_simulated_sentences:
         return "whisper"
-    bank = sentence_bank(cfg.sentences_csv, classes_of(clips))
-    lacking = ", ".join(emotion for emotion in classes_of(clips) if emotion not in bank)
+    classes = classes_of(clips)
+    lacking = ", ".join(sorted({*classes}.difference(sentence_bank(cfg.sentences_csv, classes))))
     if not lacking:
         return "simulated"
     return (f"no sentences for {lacking}: add a column transcript to {cfg.manifest}, or choose "
@@ -786,8 +784,7 @@ def split_clips(corpus, run):
         clips = clips.assign(split=clips["split"].mask(taken, "validation"))
     # Under another name, the same bytes may stand on the other side of the split.
     order = clips["split"].map(SPLITS.index)
-    clips = clips[order == order.groupby(clips["digest"]).transform("min")].reset_index(drop=True)
-    return clips
+    return clips[order == order.groupby(clips["digest"]).transform("min")].reset_index(drop=True)
 
 
 def refuse_gaps(corpus, runs):
@@ -2589,8 +2586,9 @@ def stale_because(cfg, name, clips, ending="_best.pth"):
         del new["code"]
     changes = differences(old.fingerprint, new)
     longer = len(old.history) > int(new.get(f"epochs_{SYSTEMS[name].kind.suffix}", 1))
-    keeping = ", in place of a longer training: another --output-dir keeps both"
-    return changes + keeping * bool(changes and longer)
+    if changes and longer:
+        changes += ", in place of a longer training: another --output-dir keeps both"
+    return changes
 
 
 def take_back(cfg, name, clips):
@@ -2771,8 +2769,8 @@ def with_ensembles(table, classes):
             logs = np.log(seeds[classes].clip(1e-7)).groupby(seeds["clip"], sort=False).mean().to_numpy()
             held_out = (clips["split"] == "validation").to_numpy()
             temperature = fit_temperature(logs[held_out], labels_of(clips["emotion"], classes)[held_out])
-            answers = {name: ensemble(logs, temperature)}
-            tables.append(predictions_table(answers, clips, classes, fold=fold, seed=seeds["seed"].min()))
+            tables.append(predictions_table({name: ensemble(logs, temperature)}, clips, classes, fold=fold,
+                                            seed=seeds["seed"].min()))
     return pd.concat(tables, ignore_index=True)
 
 
@@ -2808,6 +2806,10 @@ class Results:
         return self.predictions.query("split == 'test'")
 
 
+RESULT_KEYS = set("corpus subject date command settings versions caveats classes titles oracles "
+                  "unseen_actors not_run calibration encoder audit tables".split())
+
+
 def save_results(folder, config, **tables):
     """Write what read_results reads, config.json last: without it a folder counts as unfinished."""
     path = Path(folder, "config.json")
@@ -2824,7 +2826,8 @@ def read_results(folder):
     path, tables = Path(folder, "config.json"), {}
     config = read_back(path)
     refuse({f"{path} is foreign: make it again with --phase all, or name another --output-dir":
-            not {*saved_in(folder, "settings", ())} >= set(Settings._fields)})
+            not (isinstance(config, dict) and set(config) >= RESULT_KEYS
+                 and set(config["settings"]) >= set(Settings._fields))})
     for name, key in config["tables"].items():
         file = path.with_name(f"{name}.csv")
         content = read_back(file, Path.read_bytes)
@@ -2842,10 +2845,9 @@ GROUPS = "", "fold seed", "actor", "sex", "intensity", "emotion"
 @functools.lru_cache(maxsize=16)
 def figures_of(results, *by):
     """The figures of every system and split, or of the groups that the columns `by` make: a row each."""
-    keys = ["system", "split", *by]
-    groups = results.predictions.groupby(keys, sort=False)
-    figures = pd.DataFrame.from_dict({key: score(part, results.classes) for key, part in groups}, "index")
-    return figures.rename_axis(keys)
+    groups = results.predictions.groupby(["system", "split", *by], sort=False)
+    figures = {key: score(part, results.classes) for key, part in groups}
+    return pd.DataFrame.from_dict(figures, "index").rename_axis(["system", "split", *by])
 
 
 def test_uar(results, *by):
@@ -2855,24 +2857,24 @@ def test_uar(results, *by):
 
 def score(table, classes):
     """Clips, accuracy, UAR, macro-F1, NLL and ECE of rows of predictions, as a dict of builtins."""
+    from sklearn.metrics import f1_score
     true, predicted = table["emotion"], table["predicted"]
-    right = true == predicted
-    # F1 is twice the hits, over how often an emotion occurs and how often it is named.
-    f1 = 2 * true[right].value_counts() / pd.concat([true, predicted]).value_counts()
-
     # Six decimals in a CSV do not add up to one.
     probabilities = table[classes].to_numpy().clip(1e-7, 1)
     answered = probabilities[np.arange(len(table)), labels_of(true, classes)]
     nll = np.log(probabilities.sum(axis=1) / answered)
     bins = reliability(table, classes)
+    # The ECE to expect by chance when every confidence is right is that of binomial counts in every bin.
+    variance = bins["confidence"] * (1 - bins["confidence"]) / bins["clips"]  # of the share right
+    if_perfect = np.average(np.sqrt(2 * variance / math.pi), weights=bins["clips"])
     return {
         "clips": len(table),
-        "accuracy": float(right.mean()),
+        "accuracy": float((true == predicted).mean()),
         "uar": uar_of(table),
-        "macro_f1": float(f1.fillna(0).mean()),
+        "macro_f1": float(f1_score(true, predicted, average="macro")),
         "nll": float(nll.mean()),
         "ece": calibration_error(bins),
-        "ece_if_perfect": calibration_error_if_perfect(bins),
+        "ece_if_perfect": float(if_perfect),
     }
 
 
@@ -2897,12 +2899,6 @@ def calibration_error(bins):
     return float(np.average(abs(bins["confidence"] - bins["right"]), weights=bins["clips"]))
 
 
-def calibration_error_if_perfect(bins):
-    """The ECE to expect by chance when every confidence is right: that of binomial counts in every bin."""
-    variance = bins["confidence"] * (1 - bins["confidence"]) / bins["clips"]  # of the share right
-    return float(np.average(np.sqrt(2 * variance / math.pi), weights=bins["clips"]))
-
-
 def uar_of(table):
     """The UAR of rows of predictions."""
     return recall(table["emotion"].to_numpy(object), table["predicted"].to_numpy(object))
@@ -2912,11 +2908,6 @@ def unseen_actors(clips):
     """The actors that are validation in no fold, so that no choice has heard them."""
     chosen_on = [validation for validation, _ in fold_actors(clips)]
     return sorted(set(clips["actor"]).difference(*chosen_on))
-
-
-def voices_of(table):
-    """What a bootstrap draws, for each row of a table: its actor, its clip where no actor is named."""
-    return table["actor"].replace("", np.nan).fillna(table["clip"])
 
 
 def resampled(clusters, names, draws=2000):
@@ -2947,7 +2938,8 @@ def bootstrap(results):
     """
     uars = {}
     for system, part in results.test.groupby("system", sort=False):
-        weights = resampled(voices_of(part), voices_of(part))
+        voices = part["actor"].replace("", np.nan).fillna(part["clip"])  # a clip where no actor is named
+        weights = resampled(voices, voices)
         if system in results.config["oracles"]:
             weights = weights * resampled(part["transcript"], results.predictions["transcript"])
         uars[system] = weighted_uar(weights, part, results.classes)
@@ -3104,8 +3096,7 @@ def only_warning(but=False):
 def versions(device):
     """What a result depends on: the hardware that computed it, and versions."""
     modules = {module.__name__: str(module.__version__) for module in (torch, np, pd)}
-    threads = plural(torch.get_num_threads(), "thread")
-    hardware = f"{device} in {training_precision(device)}, {threads}"
+    hardware = f"{device} in {training_precision(device)}, {plural(torch.get_num_threads(), 'thread')}"
     return {"hardware": hardware, "python": platform.python_version(),
             "platform": platform.platform(terse=True)} | modules
 
@@ -3612,7 +3603,7 @@ def checkpoints_together(cfg):
             SYSTEMS[name].kind.check(checkpoint.spec, cfg._replace(**asked))
             found[name] = checkpoint
     several = runs and (not found or len(saved_in(cfg.output_dir, "calibration", {})) > 1)
-    first = "".join(str(path.parent) for path in runs[:1])
+    first = next(iter(runs), Path()).parent
     refuse({f"{cfg.output_dir} holds several runs: name one of them, --output-dir {first}": several,
             f"{cfg.output_dir} holds no trained model: {TRAIN_AGAIN}": not found})
     return found
@@ -3627,7 +3618,7 @@ def refuse_contradictions(cfg, saved, encoder, where):
         if key in FREE:
             continue
         asked, found = getattr(cfg, key), saved.get(key, "no such setting")
-        same = asked == found or Path(str(asked)).resolve() == Path(str(found)).resolve()  # ./a is a
+        same = Path(str(asked)).resolve() == Path(str(found)).resolve()  # ./a is a
         if key == "bert_model" and encoder and Path(asked).is_dir():
             same = encoder_digest(asked) == encoder
         refuse({f"{flag_of(key, asked)} contradicts {where}, made with {found!r}: leave that flag out or "
@@ -3660,21 +3651,12 @@ def choose_first(checkpoints, calibration, cfg):
     answers = predict(log_probs, windows, calibration, cfg)
     asked = names_in(cfg.ask_systems) or [*answers]
     refuse({f"--ask-systems {cfg.ask_systems} is no list of names out of {', '.join(answers)}":
-            set(asked) - set(answers)})
+            set(asked).difference(answers)})
     # Who hears and has the least NLL, which is steadier than UAR; unless all of them read words.
     hearing = [name for name in asked if not reads_words(name)] or asked
-    right = {name: answers[name][np.arange(len(labels)), labels] for name in hearing}
-    first = max(hearing, key=lambda name: np.log(right[name].clip(1e-7)).mean())
+    rows = np.arange(len(labels))
+    first = max(hearing, key=lambda name: np.log(answers[name][rows, labels].clip(1e-7)).mean())
     return {name: fit_threshold(answers[name], labels) for name in [first, *asked]}
-
-
-def whisper_loads(cfg, device):
-    """Whether Whisper's weights are on this machine and usable; only a model that is named may be fetched."""
-    named = "whisper_model" in cfg.given
-    if named or whisper_file(cfg.whisper_model).exists():
-        with only_warning(but=named):
-            return bool(load_whisper(cfg.whisper_model, device))
-    return False
 
 
 class Predictor:
@@ -3708,7 +3690,11 @@ class Predictor:
             saved |= {key: checkpoint.settings[key] for key in checkpoint.fingerprint.keys() & saved}
         trained = set(cfg._fields).difference(FREE, settings, ["test_views"])
         self.cfg = cfg._replace(**{key: saved[key] for key in trained})
-        self.has_whisper = whisper_loads(self.cfg, self.device)
+        # Only weights that are named may be fetched.
+        named, self.has_whisper = "whisper_model" in settings, False
+        if named or whisper_file(self.cfg.whisper_model).exists():
+            with only_warning(but=named):
+                self.has_whisper = bool(load_whisper(self.cfg.whisper_model, self.device))
 
     def predict(self, recording, sampling_rate=None, text=None):
         """A line per system: `predicted`, `unsure`, a probability per emotion, `gate`, `note`; a DataFrame.
@@ -3757,9 +3743,8 @@ class Predictor:
             clip = load_clip(samples, self.cfg, rate)
         except Silence:
             clip = Clip(np.zeros((1, 1)), np.zeros(1, np.float32), np.zeros(1), "")
-        table = pd.DataFrame({"clip": "", "emotion": pd.Categorical([None], self.classes), "note": clip.note,
-                              "mel": [clip.mel], "samples": [clip.samples], "seconds": [clip.seconds]})
-        windows = windows_of(table, self.cfg)
+        unknown = pd.Categorical([None], self.classes)
+        windows = windows_of(pd.DataFrame([clip]).assign(clip="", emotion=unknown), self.cfg)
         heard = soxr.resample(clip.samples, self.cfg.sampling_rate, 16000)
         speech, gate = self.gate(clip, windows, heard)
         return windows.assign(voiced=windows["voiced"] * speech, gate=gate), heard
@@ -3789,7 +3774,7 @@ class Predictor:
                 "table with a column transcript": not able})
         parts = itertools.chain.from_iterable(SYSTEMS[name].parts for name in able)
         names = self.checkpoints.keys() & {*able, *parts}
-        for name in set(names).difference(self.models):
+        for name in names.difference(self.models):
             self.models[name] = restore(self.checkpoints[name]).to(self.device)
         return {name: infer(self.models[name], windows, self.cfg, self.device) for name in names}
 
@@ -3849,7 +3834,12 @@ def recordings_in(cfg):
         found = audio_files(path, ())
     for file in sorted(file for file in found if not file.is_dir()):
         name = printable(file.as_posix().removeprefix(f"{path.as_posix()}/"))
-        reason = passed_over(file)
+        suffix = file.suffix.lower()
+        reason, *_ = holding({
+            "hidden": file.name.startswith("."),  # a note of the system, such as ._a.wav
+            "broken link": not file.is_file(),
+            "": suffix in RECORDINGS,
+            printable(suffix) or "no suffix": True})
         passed += [reason] * bool(reason)
         recordings += [Recording(name, file)] * (not reason)
 
@@ -3873,27 +3863,6 @@ def recordings_listed(path):
     return list(map(Recording, names, files, rows))
 
 
-def passed_over(path):
-    """Why a file that was found is not answered; "" if it is."""
-    if path.name.startswith("."):  # a note of the system, such as ._a.wav
-        return "hidden"
-    if not path.is_file():
-        return "broken link"
-    suffix = path.suffix.lower()
-    return "" if suffix in RECORDINGS else printable(suffix) or "no suffix"
-
-
-def words_source(recording, predictor, cfg):
-    """Where the words said in a recording come from."""
-    # Nobody who asks for an answer expects a download.
-    return holding({
-        cfg.input: recording.row.get("text"),
-        "--text": cfg.text,
-        "no --text, and no weights of Whisper here: audio alone": not predictor.has_whisper,
-        f"Whisper {predictor.cfg.whisper_model}": True,
-    })[0]
-
-
 def answer_recording(recording, predictor, cfg, folder):
     """All answers for one recording, a line per system; a long one leaves a table and a plot of its windows.
 
@@ -3904,7 +3873,14 @@ def answer_recording(recording, predictor, cfg, folder):
     span = float(row.get("start") or 0), float(row.get("end") or math.inf)
     text = row.get("text") or printable(cfg.text) or None
     windows, log_probs = predictor.hear(recording.path, span=span, text=text, transcribe=True)
-    source, over_time = words_source(recording, predictor, cfg) * bool(log_probs), ""
+    # Nobody who asks for an answer expects a download.
+    source, *_ = holding({
+        "": not log_probs,
+        cfg.input: row.get("text"),
+        "--text": cfg.text,
+        "no --text, and no weights of Whisper here: audio alone": not predictor.has_whisper,
+        f"Whisper {predictor.cfg.whisper_model}": True})
+    over_time = ""
     if len(windows) > 1 and log_probs and not reads_words(predictor.first):
         with only_warning():
             course = predictor.over_time(windows, log_probs)
@@ -3936,8 +3912,8 @@ def save_course(name, course, predictor, folder):
     """Write the table and the plot of a recording over time; returns the path of the table as text."""
     path = Path(folder, f"{plain_name(name, name)}.csv")
     save_table(path, course, predictor.caveats)
-    probabilities = course.set_index("end")[predictor.classes]
-    axis = probabilities.plot.area(figsize=(9, 3.5), xlabel="seconds", ylabel="probability")
+    course = course.set_index("end")[predictor.classes]
+    axis = course.plot.area(figsize=(9, 3.5), xlabel="seconds", ylabel="probability")
     legend_beside(axis, reverse=True)  # in the order of the stack
     title = f"Emotion over time, {SYSTEMS[predictor.first].title}: {name}"
     save_figure(axis.figure, path.with_suffix(".png"), predictor.caveats, title, words=False)
@@ -3983,8 +3959,8 @@ def start_table(path, columns, keys):
 def columns_of(recordings, classes):
     """The columns of a table of answers: those of an answer, those of the table that lists the recordings."""
     first, last = "recording error model predicted unsure", "gate note text text_source over_time"
-    own = recordings[0].row
-    return list(dict.fromkeys([*first.split(), *classes, *last.split(), *own, "caveats", "key"]))
+    names = [*first.split(), *classes, *last.split(), *recordings[0].row, "caveats", "key"]
+    return list(dict.fromkeys(names))
 
 
 def predict_phase(cfg):
@@ -4072,9 +4048,9 @@ def write_demo_corpus(folder, actors=range(1, 25), statements=(1, 2)):
     """Write synthetic clips under RAVDESS names, one per actor, emotion and statement, if missing."""
     def write(codes):
         """Write the clip of one actor, emotion and statement."""
-        actor, emotion, statement = codes
-        path = Path(folder, f"Actor_{actor:02}", f"03-01-{emotion:02}-01-{statement:02}-01-{actor:02}.wav")
+        path = Path(folder, "Actor_{0:02}/03-01-{1:02}-01-{2:02}-01-{0:02}.wav".format(*codes))
         if not path.exists():
+            actor, emotion, _ = codes
             samples = synthesize(EMOTIONS[emotion - 1], actor, np.random.default_rng(codes), 16000)
             with replacing(path) as temporary:
                 soundfile.write(temporary, samples, 16000, "PCM_16")
@@ -4131,15 +4107,15 @@ def describe_corpus(corpus):
     # Files that are no clips are counted by kind, damaged clips are named.
     kinds = left_out["reason"].where(left_out["reason"].isin(PASSED_OVER), "unusable")
     broken = left_out[kinds == "unusable"]
-    unnamed = "" in set(clips["actor"])
-    speakers = f" of {plural(clips['actor'].nunique(), 'actor')}" * (not unnamed)
+    named = "" not in set(clips["actor"])
+    speakers = f" of {plural(clips['actor'].nunique(), 'actor')}" * named
     sentences = holding({
         f"{len(clips) + len(left_out)} files in {corpus.source}: {len(clips)} clips{speakers} are used; left "
         f"out: {counted(kinds)} (left_out.csv).": True,
         f"Clips per emotion: {counted(clips['emotion'])}.": True,
-        f"Clips per actor: {counted(clips['actor'])}.": not unnamed,
+        f"Clips per actor: {counted(clips['actor'])}.": named,
         "No speakers are named: splits may share voices, which flatters, and intervals draw single clips, "
-        "which makes them too narrow.": unnamed})
+        "which makes them too narrow.": not named})
 
     if "statement" in clips:
         sentences.append(missing_clips(clips))
@@ -4153,8 +4129,8 @@ def describe_corpus(corpus):
 
 def counted(column):
     """How often each value of a column occurs, as text: happy 12, sad 14."""
-    sizes = column.groupby(column, observed=True).size()
-    return ", ".join(f"{value} {n}" for value, n in sizes.items()) or "none"
+    sizes = column.groupby(column, observed=True).size().items()
+    return ", ".join(itertools.starmap("{} {}".format, sizes)) or "none"
 
 
 def missing_clips(clips):
@@ -4185,12 +4161,12 @@ def describe_split(clips, corpus, run):
 
     shared = sum(named.groupby("actor")["split"].nunique() > 1)
     other = clips["emotion"] != clips.get("sentence_emotion", clips["emotion"])
-    noise = f"{run.sentence_noise:.1%} dealt anew"
     left = len(corpus.clips) - len(clips)
     texts += holding({
         "loss weighted by class": class_targets(clips.query("split == 'train'"), run).max() > 1,
         f"{plural(shared, 'actor')} in several splits": shared,
-        f"{other.mean():.1%} of the clips with a sentence of another emotion ({noise})": other.any(),
+        f"{other.mean():.1%} of the clips with a sentence of another emotion ({run.sentence_noise:.1%} dealt "
+        "anew)": other.any(),
         f"{plural(left, 'clip')} left out, since the bytes occur in an earlier split": left})
     return f"{title_of_split(corpus, run).capitalize()}: {'; '.join(texts)}."
 
@@ -4269,8 +4245,8 @@ def train_run(run, names, clips, corpus, device):
     for name in names:
         if reasons[name] and name not in lacking:
             train_system(run, name, clips, corpus, device)
-    there = [name for name in TRAINED if not stale_because(run, name, clips)]
-    return {name: read_checkpoint(run, name) for name in there}, lacking
+    there = {name: read_checkpoint(run, name) for name in TRAINED if not stale_because(run, name, clips)}
+    return there, lacking
 
 
 def not_available(run, name, lacking):
@@ -4407,8 +4383,8 @@ def results_of(trained, clips_of):
         answers = predict(log_probs, windows, calibration[str(key)], run)
         tables.append(predictions_table(answers, clips, classes_of(clips), **key))
         for name, checkpoint in checkpoints.items():
-            history = pd.DataFrame(checkpoint.history)
-            histories.append(history.assign(system=name, parameters=parameters_of(checkpoint), **key))
+            facts = {"system": name, "parameters": parameters_of(checkpoint), **key}
+            histories.append(pd.DataFrame(checkpoint.history).assign(**facts))
     return {
         "table": with_ensembles(pd.concat(tables, ignore_index=True), classes_of(clips)),
         # What is solved at once has none; an empty table would make floats of epochs.
@@ -4502,8 +4478,8 @@ def elsewhere(predictor, corpus):
     windows = windows_of(corpus.clips, predictor.cfg)
     log_probs, calibration = predictor.ask(windows), predictor.calibration
     if "speech" in log_probs:
-        checkpoint = predictor.checkpoints["speech"]
-        log_probs["speech_adapted"] = adapted(windows, checkpoint, predictor.cfg, predictor.device)
+        log_probs["speech_adapted"] = adapted(windows, predictor.checkpoints["speech"], predictor.cfg,
+                                              predictor.device)
         calibration = calibration | {"speech_adapted": calibration["speech"]}
     answers = predict(log_probs, windows, calibration, predictor.cfg)
     classes = classes_of(corpus.clips)
@@ -4550,9 +4526,9 @@ def main(argv=None):
     if cfg.phase == "predict":  # which changes no result
         predict_phase(cfg)
         return
-    phases = {"report": report_phase, "evaluate": evaluate_phase}
+    phase = {"report": report_phase, "evaluate": evaluate_phase}.get(cfg.phase, train_phase)
     with locked(cfg):
-        phases.get(cfg.phase, train_phase)(cfg)
+        phase(cfg)
 
 
 # %% 24. Run
