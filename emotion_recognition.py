@@ -469,8 +469,8 @@ def without_emotions(files, cfg):
     wanted = [emotion for emotion in classes if emotion not in unwanted]
     refuse({f"--leave-out {cfg.leave_out} is not a list out of {', '.join(classes)} that leaves two and more":
             set(unwanted).difference(classes) or len(wanted) < 2})
-    reasons = files["reason"].mask(files["emotion"].isin(unwanted), "--leave-out")
-    return files.assign(emotion=files["emotion"].cat.set_categories(wanted), reason=reasons)
+    return files.assign(emotion=files["emotion"].cat.set_categories(wanted),
+                        reason=files["reason"].mask(files["emotion"].isin(unwanted), "--leave-out"))
 
 
 def find_corpus(cfg):
@@ -479,7 +479,7 @@ def find_corpus(cfg):
     places = [path]
     if path.parent == Path("archive") and "ravdess_path" not in cfg.given:
         cache = os.environ.get("KAGGLEHUB_CACHE", os.path.expanduser("~/.cache/kagglehub"))
-        places += [Path("archive"), Path("/kaggle/input"), Path(cache)]
+        places += map(Path, ["archive", "/kaggle/input", cache])
     for place in places:
         if list_ravdess(place)["reason"].isin(["", FOREIGN]).any():
             return place
@@ -2645,11 +2645,11 @@ def encoder_of(checkpoints):
 
 
 # %% 16. Calibration and prediction: the one way from clips to probabilities
-def validation_of(checkpoints):
-    """(windows, log-probabilities of each system, labels of the clips) of the validation split."""
+def log_probs_of(checkpoints, splits=SPLITS):
+    """(windows, log-probabilities of each system, labels of the clips) of some splits."""
     # All checkpoints of a run hold log-probabilities of the same windows in the same order.
     first = next(iter(checkpoints.values()))
-    windows = pd.DataFrame(first.windows).query("split == 'validation'")
+    windows = pd.DataFrame(first.windows).query("split in @splits")
     log_probs = {name: checkpoint.log_probs[:, windows.index.to_list()]
                  for name, checkpoint in checkpoints.items()}
     return windows, log_probs, labels_of(windows["emotion"][~windows["clip"].duplicated()], first.classes)
@@ -2657,7 +2657,7 @@ def validation_of(checkpoints):
 
 def calibrate(checkpoints, cfg):
     """What validation decides, by system: the temperature of a model, the weights of a learned fusion."""
-    windows, log_probs, labels = validation_of(checkpoints)
+    windows, log_probs, labels = log_probs_of(checkpoints, ["validation"])
     each = labels_of(windows["emotion"], next(iter(checkpoints.values())).classes)  # that of its clip
     calibration = {}
     for name, system in SYSTEMS.items():
@@ -2910,6 +2910,11 @@ def unseen_actors(clips):
     return sorted(set(clips["actor"]).difference(*chosen_on))
 
 
+def voices_of(table):
+    """What a bootstrap draws, for each row of a table: its actor, its clip where no actor is named."""
+    return table["actor"].replace("", np.nan).fillna(table["clip"])
+
+
 def resampled(clusters, names, draws=2000):
     """How often each row counts when whole clusters (N,) are drawn with replacement: (draws, N).
 
@@ -2938,7 +2943,7 @@ def bootstrap(results):
     """
     uars = {}
     for system, part in results.test.groupby("system", sort=False):
-        voices = part["actor"].replace("", np.nan).fillna(part["clip"])  # a clip where no actor is named
+        voices = voices_of(part)
         weights = resampled(voices, voices)
         if system in results.config["oracles"]:
             weights = weights * resampled(part["transcript"], results.predictions["transcript"])
@@ -3095,10 +3100,10 @@ def only_warning(but=False):
 
 def versions(device):
     """What a result depends on: the hardware that computed it, and versions."""
-    modules = {module.__name__: str(module.__version__) for module in (torch, np, pd)}
     hardware = f"{device} in {training_precision(device)}, {plural(torch.get_num_threads(), 'thread')}"
     return {"hardware": hardware, "python": platform.python_version(),
-            "platform": platform.platform(terse=True)} | modules
+            "platform": platform.platform(terse=True),
+            **{module.__name__: str(module.__version__) for module in (torch, np, pd)}}
 
 
 def command_of(cfg):
@@ -3109,8 +3114,7 @@ def command_of(cfg):
 
 def pick_device(cfg):
     """The torch device type of --device: cuda, mps or cpu. Raises UserError when it is not there."""
-    mps = ["mps"] * torch.backends.mps.is_available()
-    there = ["cuda"] * torch.cuda.is_available() + mps + ["cpu"]
+    there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
     device = cfg.device.replace("auto", there[0])
     refuse({f"--device {device} is not available here: leave it out or use --device cpu":
             device not in there})
@@ -3308,8 +3312,7 @@ def plot_confusions(results):
 def uar_by(results, by):
     """Test UAR of every system (rows) in the groups of a column, as texts; of `emotion` its recall."""
     order = results.test["system"].unique(), results.test[by].unique()
-    figures = test_uar(results, by).unstack(by).loc[order]
-    return figures.map(percent).rename(results.titles)
+    return test_uar(results, by).unstack(by).loc[order].map(percent).rename(results.titles)
 
 
 def shares_table(results):
@@ -3647,7 +3650,7 @@ def folder_of_models(cfg):
 
 def choose_first(checkpoints, calibration, cfg):
     """Confidences below which answers are unsure, by system, that which is best on validation first."""
-    windows, log_probs, labels = validation_of(checkpoints)
+    windows, log_probs, labels = log_probs_of(checkpoints, ["validation"])
     answers = predict(log_probs, windows, calibration, cfg)
     asked = names_in(cfg.ask_systems) or [*answers]
     refuse({f"--ask-systems {cfg.ask_systems} is no list of names out of {', '.join(answers)}":
@@ -3915,16 +3918,15 @@ def save_course(name, course, predictor, folder):
     course = course.set_index("end")[predictor.classes]
     axis = course.plot.area(figsize=(9, 3.5), xlabel="seconds", ylabel="probability")
     legend_beside(axis, reverse=True)  # in the order of the stack
-    title = f"Emotion over time, {SYSTEMS[predictor.first].title}: {name}"
-    save_figure(axis.figure, path.with_suffix(".png"), predictor.caveats, title, words=False)
+    save_figure(axis.figure, path.with_suffix(".png"), predictor.caveats,
+                f"Emotion over time, {SYSTEMS[predictor.first].title}: {name}", words=False)
     return str(path)
 
 
 def predictor_of(cfg):
     """The Predictor of OUTPUT_DIR, with the flags that say where encoders lie. Raises UserError."""
-    folder = cfg.output_dir * ("output_dir" in cfg.given)
-    own = {key: getattr(cfg, key) for key in OF_PREDICTOR if key in cfg.given}
-    return Predictor(folder, cfg.device, **own)
+    own = {key: getattr(cfg, key) for key in ("output_dir", *OF_PREDICTOR) if key in cfg.given}
+    return Predictor(device=cfg.device, **own)
 
 
 def folder_of_answers(cfg):
@@ -4089,8 +4091,8 @@ def write_demo_whisper(path):
 
 def write_demo(cfg):
     """Write the corpus and the encoder of the demo where they are missing. Raises UserError."""
-    real = not saved_in(cfg.output_dir, "settings", {}).get("demo", True)
-    refuse({f"{cfg.output_dir} holds a real run: name another --output-dir for --demo": real})
+    refuse({f"{cfg.output_dir} holds a real run: name another --output-dir for --demo":
+            not saved_in(cfg.output_dir, "settings", {}).get("demo", True)})
     with filelock.FileLock("archive/demo/run.lock"):  # a demo beside this one may be at it
         write_demo_corpus(cfg.ravdess_path)
         if "bert_model" not in cfg.given and "bert" in cfg.run_models:
@@ -4377,9 +4379,8 @@ def results_of(trained, clips_of):
         checkpoints = {name: checkpoints[name] for name in checkpoints if name in everywhere}
         key, clips = {"fold": run.fold, "seed": run.seed}, clips_of[run]
         caveats += caveats_of_models(checkpoints)
-        decided = calibration[str(key)] = calibrate(checkpoints, run)
-        log_probs = {name: checkpoint.log_probs for name, checkpoint in checkpoints.items()}
-        windows = pd.DataFrame(next(iter(checkpoints.values())).windows)
+        windows, log_probs, _ = log_probs_of(checkpoints)
+        calibration[str(key)] = calibrate(checkpoints, run)
         answers = predict(log_probs, windows, calibration[str(key)], run)
         tables.append(predictions_table(answers, clips, classes_of(clips), **key))
         for name, checkpoint in checkpoints.items():
@@ -4406,9 +4407,8 @@ def report_phase(cfg):
     results, path = read_results(cfg.output_dir), Path(cfg.output_dir, "config.json")
     config = results.config
     refuse_contradictions(cfg, config["settings"], config["encoder"], path)
-    audit = saved_in(cfg.output_dir, "audit", config["audit"], "audit.json")
     refuse({f"{path} is not of the data beside it, audit.json: make it again with --phase all":
-            audit != config["audit"]})
+            saved_in(cfg.output_dir, "audit", config["audit"], "audit.json") != config["audit"]})
     publish(results)
 
 
@@ -4428,10 +4428,10 @@ def evaluate_phase(cfg):
     whole = read_corpus(work, predictor.classes)
     corpus = shared_emotions(whole, predictor.classes, cfg)
     classes, emotions = classes_of(corpus.clips), whole.clips["emotion"]
-    unknown = counted(emotions[~emotions.isin(classes)])
     audit = [*describe_corpus(whole),
              f"Emotions compared: {', '.join(classes)} (also called {', '.join(SYNONYMS)}).",
-             f"Clips left out, unknown to the models: {unknown}. (--merge NAME=EMOTION counts them.)",
+             f"Clips left out, unknown to the models: {counted(emotions[~emotions.isin(classes)])}. (--merge "
+             "NAME=EMOTION counts them.)",
              "Temperatures and fusion weights are those of the training; adapted takes something of these "
              "clips, mean and deviation. Probabilities are renormalised over the emotions that both know."]
     print(*audit, sep="\n")
@@ -4464,7 +4464,7 @@ def shared_emotions(corpus, classes, cfg):
 
 def caveats_elsewhere(predictor, corpus, folder, cfg):
     """What every page must say of trained models on another corpus, also which clips they know, by bytes."""
-    windows = pd.DataFrame(next(iter(predictor.checkpoints.values())).windows).query("split != 'test'")
+    windows, *_ = log_probs_of(predictor.checkpoints, ["train", "validation"])
     known = sum(corpus.clips["digest"].isin(windows["digest"]))
     caveats = holding({
         f"models of {folder} on another corpus": True,
