@@ -273,10 +273,10 @@ def usage_error(parser, message):
     """Raise a UserError in place of argparse's SystemExit, which would end a notebook's cell in a dump."""
     flags = re.findall(r"--[\w-]+", parser.format_help())
     typed = "".join(re.findall(r"(?<!\S)--?[\w-]+", message)[:1])
-    meant, *_ = [*difflib.get_close_matches(typed.lower(), flags, 1, 0.7), typed]
     hint = "--help lists every flag"
-    if meant != typed:
-        hint = f"did you mean {meant}?"
+    for meant in difflib.get_close_matches(typed.lower(), flags, 1, 0.7):
+        if meant != typed:
+            hint = f"did you mean {meant}?"
     raise UserError(f"{message} ({hint})")
 
 
@@ -567,7 +567,7 @@ def list_manifest(path):
     emotion = pd.Categorical(table["emotion"], list(emotions)).remove_unused_categories()
     refuse({f"{path} has fewer than two emotions to tell apart: {advice}": len(emotion.categories) < 2})
     files = table[["clip", "span"]].assign(
-        path=table["file"].astype(str),
+        path=table["file"].map(str),
         emotion=emotion,
         actor=numbers_if_plain(one_spelling(table["speaker"])))
     known = [name for name in ("split", "transcript") if (table[name] != "").any()]
@@ -646,10 +646,10 @@ def read_table(path, needed, optional, advice, others=False):
     named = [name for name in reader.fieldnames if name in columns]
     wide = next((number for number, row in rows.items() if any(row.get(None, []))), 0)
     refuse({f"{path} line 1 must name the columns {' and '.join(needed)}, none twice: {advice}":
-            not set(needed) <= set(named) or len(set(named)) < len(named),
+            set(needed).difference(named) or len(set(named)) < len(named),
             f"{path} line {wide}: it has more columns than line 1 (quote what has commas): {advice}": wide})
 
-    table = pd.DataFrame(list(rows.values()), list(rows), columns, dtype=object).fillna("")
+    table = pd.DataFrame(rows.values(), list(rows), columns, dtype=object).fillna("")
     for name in columns:
         # Line breaks within a cell would break the tables that are written.
         plain = table[name].str.split().str.join(" ")
@@ -3191,7 +3191,7 @@ def save_figure(figure, path, caveats, title="", words=True):
 
 def save_plot(figure, results, name, title, words=True):
     """Save a plot of results under its name; its title ends with what the figures are of."""
-    save_figure(figure, results.folder / "plots" / f"{name}.png", results.config["caveats"],
+    save_figure(figure, results.folder / f"plots/{name}.png", results.config["caveats"],
                 f"{title}\n{results.config['subject']}", words)
 
 
@@ -3207,7 +3207,7 @@ def plot_counts(clips, subject, folder, caveats):
     figure = plt.figure(figsize=(7, 5))
     sns.countplot(clips, y="emotion", hue="split", hue_order=SPLITS)
     legend_beside(plt)
-    save_figure(figure, folder / "plots" / "class_counts.png", caveats, f"{subject}, {len(clips)} clips",
+    save_figure(figure, folder / "plots/class_counts.png", caveats, f"{subject}, {len(clips)} clips",
                 words=False)
 
 
@@ -3225,7 +3225,7 @@ def plot_samples(clips, subject, cfg, caveats):
     plt.gca().yaxis.set_major_formatter(lambda mel, _: f"{0.7 * math.expm1(mel):.1f} kHz")
     names = samples["emotion"].astype(str) + "\n" + samples["clip"]
     plt.xticks(np.arange(len(samples)) + 0.5, names, rotation=45, fontsize=7)
-    save_figure(figure, Path(cfg.output_dir, "plots", "samples.png"), caveats, f"{subject}, training clips",
+    save_figure(figure, Path(cfg.output_dir, "plots/samples.png"), caveats, f"{subject}, training clips",
                 words=False)
 
 
@@ -3662,6 +3662,15 @@ def choose_first(checkpoints, calibration, cfg):
     return {name: fit_threshold(answers[name], labels) for name in [first, *asked]}
 
 
+def whisper_loads(cfg, device):
+    """Whether Whisper's weights are on this machine and usable; only a model that is named may be fetched."""
+    named = "whisper_model" in cfg.given
+    if named or whisper_file(cfg.whisper_model).exists():
+        with only_warning(but=named):
+            return bool(load_whisper(cfg.whisper_model, device))
+    return False
+
+
 class Predictor:
     """The trained models of a folder, with nothing but their checkpoints, ready for any recording.
 
@@ -3693,11 +3702,7 @@ class Predictor:
             saved |= {key: checkpoint.settings[key] for key in checkpoint.fingerprint.keys() & saved}
         trained = set(cfg._fields).difference(FREE, settings, ["test_views"])
         self.cfg = cfg._replace(**{key: saved[key] for key in trained})
-        # Only weights that are named may be fetched.
-        named, self.has_whisper = "whisper_model" in settings, False
-        if named or whisper_file(self.cfg.whisper_model).exists():
-            with only_warning(but=named):
-                self.has_whisper = bool(load_whisper(self.cfg.whisper_model, self.device))
+        self.has_whisper = whisper_loads(self.cfg, self.device)
 
     def predict(self, recording, sampling_rate=None, text=None):
         """A line per system: `predicted`, `unsure`, a probability per emotion, `gate`, `note`; a DataFrame.
