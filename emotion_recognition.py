@@ -4160,13 +4160,14 @@ def title_of_split(corpus, cfg):
 
 def describe_split(clips, corpus, run):
     """The clips and actors of each split, and how many actors stand in several, as one sentence."""
-    texts, named = [], clips[clips["actor"] != ""]
+    texts = []
     for split in SPLITS:
         part = clips[clips["split"] == split]
         actors = " ".join(map(str, sorted(set(part["actor"]))))
         texts.append(f"{split} {len(part)} clips" + f" of actors {actors}" * bool(actors))
 
-    shared = sum(named.groupby("actor")["split"].nunique() > 1)
+    splits = clips.groupby("actor")["split"].nunique()
+    shared = sum(splits.drop("", errors="ignore") > 1)
     other = clips["emotion"] != clips.get("sentence_emotion", clips["emotion"])
     left = len(corpus.clips) - len(clips)
     texts += holding({
@@ -4422,12 +4423,12 @@ def evaluate_phase(cfg):
     predictor = predictor_of(cfg)
     folder = predictor.cfg.output_dir
     # Features are kept, beside one's own results and not where the file lies.
-    predictor.cfg = predictor.cfg._replace(phase="evaluate", output_dir=cfg.output_dir)
+    predictor.cfg = predictor.cfg._replace(phase="evaluate", output_dir=cfg.output_dir, merge=cfg.merge,
+                                           manifest=cfg.manifest)
     encoder = encoder_of(predictor.checkpoints)
-    saved = predictor.cfg._replace(manifest=cfg.manifest, merge=cfg.merge)
-    refuse_contradictions(cfg, saved._asdict(), encoder, folder)
+    refuse_contradictions(cfg, predictor.cfg._asdict(), encoder, folder)
     # The features are those of the training, the corpus is another one.
-    work = saved._replace(
+    work = predictor.cfg._replace(
         output_dir=evaluation_folder(cfg), given=cfg.given, split="speaker", folds="0", runs=1, demo=False,
         fusion="both", use_simulated_sentences=False, leave_out="")
     whole = read_corpus(work, predictor.classes)
