@@ -2881,7 +2881,7 @@ def score(table, classes):
 def confusion(table, classes):
     """How often each emotion (rows) was taken for each (columns) in predictions: a table of counts."""
     counts = pd.crosstab(table["emotion"], table["predicted"])
-    return counts.reindex(index=classes, columns=classes, fill_value=0)
+    return counts.reindex(classes, columns=classes, fill_value=0)
 
 
 def reliability(table, classes, bins=15):
@@ -3721,7 +3721,7 @@ class Predictor:
     def hear(self, recording, sampling_rate=None, span=WHOLE, text=None, transcribe=False):
         """(windows of a recording without their sound, log-probabilities of each model), PART by PART.
 
-        `span` says from which second to which. Windows have `gate`, `note` and, if any is known, `transcript`:
+        `span` says from which second to which. Windows have `gate`, `note` and, if known, `transcript`:
         the text, or with `transcribe` Whisper's. Without speech `voiced` is 0, and no model is asked.
         """
         tables, said, start = [], [], span[0]
@@ -3746,7 +3746,7 @@ class Predictor:
         return pd.concat(tables, ignore_index=True), log_probs
 
     def windows(self, samples, rate):
-        """The windows of samples (n, channels) with `gate` and `note`, and what is heard of them at 16 kHz."""
+        """The windows of samples (n, channels) with `gate` and `note`, and what is heard at 16 kHz."""
         try:
             clip = load_clip(samples, self.cfg, rate)
         except Silence:
@@ -3815,7 +3815,8 @@ class Predictor:
 
     def note_of(self, name, windows):
         """What must be said beside the answers of a system to some windows; "" if nothing."""
-        models = [self.checkpoints[model] for model in (name, *SYSTEMS[name].parts) if model in self.checkpoints]
+        models = [self.checkpoints[model] for model in (name, *SYSTEMS[name].parts)
+                  if model in self.checkpoints]
         known = set().union(*(model.spec.get("vocabulary", ()) for model in models))
         said = words_in(" ".join(windows.get("transcript", [])))
         sound = windows["note"].max()
