@@ -2881,7 +2881,7 @@ def score(table, classes):
 def confusion(table, classes):
     """How often each emotion (rows) was taken for each (columns) in predictions: a table of counts."""
     counts = pd.crosstab(table["emotion"], table["predicted"])
-    return counts.reindex(classes, columns=classes, fill_value=0)
+    return counts.reindex(index=classes, columns=classes, fill_value=0)
 
 
 def reliability(table, classes, bins=15):
