@@ -183,11 +183,11 @@ ALLOWED = {  # texts: one of them; numbers: least and most, floats if written so
     "n_fft": (64, 65536),
     "sentence_noise": (0.0, 1.0),
     "ema_decay": (0.0, 0.9999),
-    **dict.fromkeys(("dropout", "word_dropout", "label_smoothing"), (0.0, 0.99)),
-    **dict.fromkeys(("trim_db", "weight_decay", "mixup"), (0.0, 1e6)),
+    **dict.fromkeys("dropout word_dropout label_smoothing".split(), (0.0, 0.99)),
+    **dict.fromkeys("trim_db weight_decay mixup learning_rate_cnn learning_rate_rnn learning_rate_bert "
+                    "learning_rate_fusion".split(), (0.0, 1e6)),
     "clip_seconds": (0.0, 600.0),
     "speech_c": (1e-9, 1e6),
-    **dict.fromkeys(map("learning_rate_{}".format, ("cnn", "rnn", "bert", "fusion")), (0.0, 1e6)),
 }
 LISTS = "run_models", "folds", "leave_out", "merge", "ask_systems"  # texts of comma-separated names
 DEMO_SETTINGS = {
@@ -269,15 +269,14 @@ def source_code():
     return Path(__file__).read_text(encoding="utf-8") if "__file__" in globals() else ""
 
 
-def usage_error(message):
+def usage_error(parser, message):
     """Raise a UserError in place of argparse's SystemExit, which would end a notebook's cell in a dump."""
-    flags = [flag_of(name, True) for name in SETTINGS]
-    flags += [flag_of(name, False) for name in SETTINGS if SETTINGS[name] is bool]
-    typed, *_ = [*re.findall(r"(?<!\S)--?[\w-]+", message), ""]
-    meant, *_ = [*difflib.get_close_matches(typed.lower(), flags, 1, 0.7), typed]
+    flags = re.findall(r"--[\w-]+", parser.format_help())
+    typed = "".join(re.findall(r"(?<!\S)--?[\w-]+", message)[:1])
     hint = "--help lists every flag"
-    if meant != typed:
-        hint = f"did you mean {meant}?"
+    for meant in difflib.get_close_matches(typed.lower(), flags, 1, 0.7):
+        if meant != typed:
+            hint = f"did you mean {meant}?"
     raise UserError(f"{message} ({hint})")
 
 
@@ -290,7 +289,7 @@ def make_parser():
         formatter_class=argparse.RawDescriptionHelpFormatter, epilog="\n".join(["examples:", *examples]),
         description="Speech emotion recognition on RAVDESS: sound, words, and both.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    parser.error = usage_error
+    parser.error = functools.partial(usage_error, parser)
 
     # A notebook has no file, so its flags have no help.
     _, lines, *_ = [*re.split("# fmt: o[nf]+", source_code()), ""]
@@ -445,9 +444,8 @@ def read_corpus(cfg, known=()):
             clips.empty})
     split, words = split_kind(clips, cfg), words_kind(clips, cfg)
     name = Path(cfg.manifest).name or "RAVDESS"
-    asked = not {"sentence_noise", "sentences_csv"}.isdisjoint(cfg.given)
     refuse({f"--sentence-noise and --sentences-csv are for simulated sentences, which {name} does not use: "
-            "leave them out": asked and words != "simulated"})
+            "leave them out": words != "simulated" and {"sentence_noise", "sentences_csv"} & {*cfg.given}})
     return Corpus(name, str(source), clips, left_out, split, words, caveats_of(clips, split, words, cfg))
 
 
@@ -471,8 +469,8 @@ def without_emotions(files, cfg):
     wanted = [emotion for emotion in classes if emotion not in unwanted]
     refuse({f"--leave-out {cfg.leave_out} is not a list out of {', '.join(classes)} that leaves two and more":
             set(unwanted).difference(classes) or len(wanted) < 2})
-    reasons = files["reason"].mask(files["emotion"].isin(unwanted), "--leave-out")
-    return files.assign(emotion=files["emotion"].cat.set_categories(wanted), reason=reasons)
+    return files.assign(emotion=files["emotion"].cat.set_categories(wanted),
+                        reason=files["reason"].mask(files["emotion"].isin(unwanted), "--leave-out"))
 
 
 def find_corpus(cfg):
@@ -481,7 +479,7 @@ def find_corpus(cfg):
     places = [path]
     if path.parent == Path("archive") and "ravdess_path" not in cfg.given:
         cache = os.environ.get("KAGGLEHUB_CACHE", os.path.expanduser("~/.cache/kagglehub"))
-        places += [Path("archive"), Path("/kaggle/input"), Path(cache)]
+        places += map(Path, ["archive", "/kaggle/input", cache])
     for place in places:
         if list_ravdess(place)["reason"].isin(["", FOREIGN]).any():
             return place
@@ -489,9 +487,9 @@ def find_corpus(cfg):
     reason = "does not exist"
     if path.exists():
         reason = "holds no clips named like 03-01-05-01-02-01-12.wav"
-    searched = ", ".join(map(str, places))
-    raise UserError(f"{path} {reason} (searched: {searched}): fetch RAVDESS with --download, or unpack "
-                    f"Audio_Speech_Actors_01-24.zip of https://zenodo.org/records/1188976 into {path}, or "
+    raise UserError(f"{path} {reason} (searched: {', '.join(map(str, places))}): fetch RAVDESS with "
+                    "--download, or unpack Audio_Speech_Actors_01-24.zip of "
+                    f"https://zenodo.org/records/1188976 into {path}, or "
                     "name a folder of its clips with --ravdess-path, or try the synthetic corpus with --demo")
 
 
@@ -508,12 +506,15 @@ def audio_files(folder, suffixes=(*AUDIO_SUFFIXES, ".mp4")):
     """The paths of all files with some suffixes under a folder, of any with (); links to folders once."""
     seen = set()
     for root, folders, files in os.walk(folder, followlinks=True):
+        root = Path(root)
+        if root.resolve() in seen:
+            folders.clear()
+            continue
+        seen.add(root.resolve())
         # What --download has not finished is no corpus, nor is what the demo wrote.
-        places = {Path(root, name).resolve(): name for name in sorted(folders, reverse=True)
-                  if not name.endswith(UNFINISHED) and (Path(root).name, name) != ("archive", "demo")}
-        folders[:] = sorted(name for place, name in places.items() if place not in seen)
-        seen.update([*places, Path(root).resolve()])
-        for path in (Path(root, file) for file in sorted(files)):
+        folders[:] = sorted(name for name in folders
+                            if not name.endswith(UNFINISHED) and not (root / name).match("archive/demo"))
+        for path in map(root.joinpath, sorted(files)):
             hidden = path.name.startswith(".")  # a note of the system, such as ._a.wav
             if not suffixes or path.suffix.lower() in suffixes and not hidden:
                 yield path
@@ -526,15 +527,14 @@ def list_ravdess(folder):
     """
     rows = []
     for path in audio_files(folder):
-        name = path.name.lower()
-        reason = next(reason for reason, pattern in REASONS.items() if re.match(pattern, name))
+        reason = next(why for why, pattern in REASONS.items() if re.match(pattern, path.name.lower()))
         # What is no clip has the code 0, which says nothing.
         codes = [0] * 7 if reason else map(int, path.stem.split("-"))
         rows.append((path.stem, str(path), reason, *codes))
 
     codes = "modality channel emotion intensity statement repetition actor".split()
     files = pd.DataFrame(rows, columns=["clip", "path", "reason", *codes])
-    files["emotion"] = pd.Categorical(files["emotion"].map(dict(enumerate(EMOTIONS, 1))), EMOTIONS)
+    files["emotion"] = pd.Categorical.from_codes(files["emotion"] - 1, EMOTIONS)
     files["intensity"] = files["intensity"].map({1: "normal", 2: "strong"})
     files["sex"] = files["actor"].mod(2).map({0: "female", 1: "male"})
     # Where one name is another corpus's, its neighbours' numbers fit but mean something else.
@@ -553,21 +553,21 @@ def list_manifest(path):
     speaker, split or transcript that is empty throughout counts as absent. A UserError names a bad line.
     """
     advice = "mend it or leave out --manifest"
-    optional = ["speaker", "split", "transcript", "start", "end"]
-    table = read_table(path, ["path", "emotion"], optional, advice)
+    table = read_table(path, ["path", "emotion"], "speaker split transcript start end".split(), advice)
     # Tables come from Windows too, and "Sad " is "sad".
     table["path"] = [PureWindowsPath(os.path.expanduser(text)).as_posix() for text in table["path"]]
     table["emotion"] = table["emotion"].str.lower()
     table["split"] = table["split"].str.lower().replace(SPLIT_NAMES)
     segments = ("#" + table["start"] + "-" + table["end"]).replace("#-", "")
     table["clip"], table["span"] = table["path"] + segments, spans_of(table)
+    table["file"] = table["path"].map(Path(path).parent.joinpath)
     refuse_manifest(path, table, advice)
 
-    emotions = dict.fromkeys([*EMOTIONS, *sorted(set(table["emotion"]))])
+    emotions = dict.fromkeys([*EMOTIONS, *sorted(table["emotion"])])
     emotion = pd.Categorical(table["emotion"], list(emotions)).remove_unused_categories()
     refuse({f"{path} has fewer than two emotions to tell apart: {advice}": len(emotion.categories) < 2})
     files = table[["clip", "span"]].assign(
-        path=[str(Path(path).parent / clip) for clip in table["path"]],
+        path=table["file"].map(str),
         emotion=emotion,
         actor=numbers_if_plain(one_spelling(table["speaker"])))
     known = [name for name in ("split", "transcript") if (table[name] != "").any()]
@@ -584,7 +584,7 @@ def refuse_manifest(path, table, advice):
     """Raise a UserError for the first line of a manifest that is not what it should be."""
     named, split = table["speaker"] != "", table["split"]
     # Two spellings may name one file.
-    files = table["path"].map(Path(path).parent.joinpath).map(os.path.realpath).str.normalize("NFC")
+    files = table["file"].map(os.path.realpath).str.normalize("NFC")
     refuse_lines(path, table, (files + table["span"].map(str)).rename("path"), {
         "it has no path": table["path"] == ".",  # how pathlib writes ""
         "it has no emotion": table["emotion"] == "",
@@ -624,8 +624,8 @@ def read_csv(path, advice):
     # Excel separates by semicolons where commas are decimal, and may say so in a line of its own.
     text = re.sub(r'^"?sep=[^\r\n]*\s+', "", text)
     separator = max(",;\t", key=text.partition("\n")[0].count)
-    lines = io.StringIO(text, newline="")
-    return csv.DictReader(lines, delimiter=separator, skipinitialspace=True, strict=True)
+    return csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True,
+                          strict=True)
 
 
 def read_table(path, needed, optional, advice, others=False):
@@ -646,10 +646,10 @@ def read_table(path, needed, optional, advice, others=False):
     named = [name for name in reader.fieldnames if name in columns]
     wide = next((number for number, row in rows.items() if any(row.get(None, []))), 0)
     refuse({f"{path} line 1 must name the columns {' and '.join(needed)}, none twice: {advice}":
-            not set(needed) <= set(named) or len(set(named)) < len(named),
+            set(needed).difference(named) or len(set(named)) < len(named),
             f"{path} line {wide}: it has more columns than line 1 (quote what has commas): {advice}": wide})
 
-    table = pd.DataFrame(list(rows.values()), list(rows), columns, dtype=object).fillna("")
+    table = pd.DataFrame(rows.values(), list(rows), columns, dtype=object).fillna("")
     for name in columns:
         # Line breaks within a cell would break the tables that are written.
         plain = table[name].str.split().str.join(" ")
@@ -726,8 +726,8 @@ def words_kind(clips, cfg):
         return "manifest"
     if not cfg.use_simulated_sentences:
         return "whisper"
-    bank = sentence_bank(cfg.sentences_csv, classes_of(clips))
-    lacking = ", ".join(emotion for emotion in classes_of(clips) if emotion not in bank)
+    classes = classes_of(clips)
+    lacking = ", ".join(sorted({*classes}.difference(sentence_bank(cfg.sentences_csv, classes))))
     if not lacking:
         return "simulated"
     return (f"no sentences for {lacking}: add a column transcript to {cfg.manifest}, or choose "
@@ -784,8 +784,7 @@ def split_clips(corpus, run):
         clips = clips.assign(split=clips["split"].mask(taken, "validation"))
     # Under another name, the same bytes may stand on the other side of the split.
     order = clips["split"].map(SPLITS.index)
-    clips = clips[order == order.groupby(clips["digest"]).transform("min")].reset_index(drop=True)
-    return clips
+    return clips[order == order.groupby(clips["digest"]).transform("min")].reset_index(drop=True)
 
 
 def refuse_gaps(corpus, runs):
@@ -2546,7 +2545,6 @@ def definitions():
     return found
 
 
-@functools.cache
 def code_of(name):
     """A key of the code that the training of a system depends on, without docstrings; "" in a notebook.
 
@@ -2588,8 +2586,9 @@ def stale_because(cfg, name, clips, ending="_best.pth"):
         del new["code"]
     changes = differences(old.fingerprint, new)
     longer = len(old.history) > int(new.get(f"epochs_{SYSTEMS[name].kind.suffix}", 1))
-    keeping = ", in place of a longer training: another --output-dir keeps both"
-    return changes + keeping * bool(changes and longer)
+    if changes and longer:
+        changes += ", in place of a longer training: another --output-dir keeps both"
+    return changes
 
 
 def take_back(cfg, name, clips):
@@ -2642,16 +2641,15 @@ def caveats_of_models(checkpoints):
 
 def encoder_of(checkpoints):
     """The key of the text encoder that models were trained from; "" if none was."""
-    keys = (checkpoint.fingerprint.get("encoder", "") for checkpoint in checkpoints.values())
-    return next(filter(None, keys), "")
+    return max(checkpoint.fingerprint.get("encoder", "") for checkpoint in checkpoints.values())
 
 
 # %% 16. Calibration and prediction: the one way from clips to probabilities
-def validation_of(checkpoints):
-    """(windows, log-probabilities of each system, labels of the clips) of the validation split."""
+def log_probs_of(checkpoints, splits=SPLITS):
+    """(windows, log-probabilities of each system, labels of the clips) of some splits."""
     # All checkpoints of a run hold log-probabilities of the same windows in the same order.
     first = next(iter(checkpoints.values()))
-    windows = pd.DataFrame(first.windows).query("split == 'validation'")
+    windows = pd.DataFrame(first.windows).query("split in @splits")
     log_probs = {name: checkpoint.log_probs[:, windows.index.to_list()]
                  for name, checkpoint in checkpoints.items()}
     return windows, log_probs, labels_of(windows["emotion"][~windows["clip"].duplicated()], first.classes)
@@ -2659,7 +2657,7 @@ def validation_of(checkpoints):
 
 def calibrate(checkpoints, cfg):
     """What validation decides, by system: the temperature of a model, the weights of a learned fusion."""
-    windows, log_probs, labels = validation_of(checkpoints)
+    windows, log_probs, labels = log_probs_of(checkpoints, ["validation"])
     each = labels_of(windows["emotion"], next(iter(checkpoints.values())).classes)  # that of its clip
     calibration = {}
     for name, system in SYSTEMS.items():
@@ -2771,8 +2769,8 @@ def with_ensembles(table, classes):
             logs = np.log(seeds[classes].clip(1e-7)).groupby(seeds["clip"], sort=False).mean().to_numpy()
             held_out = (clips["split"] == "validation").to_numpy()
             temperature = fit_temperature(logs[held_out], labels_of(clips["emotion"], classes)[held_out])
-            answers = {name: ensemble(logs, temperature)}
-            tables.append(predictions_table(answers, clips, classes, fold=fold, seed=seeds["seed"].min()))
+            tables.append(predictions_table({name: ensemble(logs, temperature)}, clips, classes, fold=fold,
+                                            seed=seeds["seed"].min()))
     return pd.concat(tables, ignore_index=True)
 
 
@@ -2841,16 +2839,15 @@ def read_results(folder):
     return Results(path.parent, config, **tables)
 
 
-GROUPS = (), ("fold", "seed"), ("actor",), ("sex",), ("intensity",), ("emotion",)
+GROUPS = "", "fold seed", "actor", "sex", "intensity", "emotion"
 
 
 @functools.lru_cache(maxsize=16)
 def figures_of(results, *by):
     """The figures of every system and split, or of the groups that the columns `by` make: a row each."""
-    keys = ["system", "split", *by]
-    groups = results.predictions.groupby(keys, sort=False)
-    figures = pd.DataFrame.from_dict({key: score(part, results.classes) for key, part in groups}, "index")
-    return figures.rename_axis(keys)
+    groups = results.predictions.groupby(["system", "split", *by], sort=False)
+    figures = {key: score(part, results.classes) for key, part in groups}
+    return pd.DataFrame.from_dict(figures, "index").rename_axis(["system", "split", *by])
 
 
 def test_uar(results, *by):
@@ -2858,36 +2855,26 @@ def test_uar(results, *by):
     return figures_of(results, *by)["uar"].xs("test", level="split")
 
 
-def all_figures(results):
-    """What metrics.json holds: a flat list, a dict per system, split and group; `by` says what groups."""
-    lines = []
-    for by in GROUPS:
-        if set(by) <= set(results.predictions):
-            figures = figures_of(results, *by).reset_index().assign(by=" ".join(by))
-            lines += figures.to_dict("records")
-    return lines
-
-
 def score(table, classes):
     """Clips, accuracy, UAR, macro-F1, NLL and ECE of rows of predictions, as a dict of builtins."""
+    from sklearn.metrics import f1_score
     true, predicted = table["emotion"], table["predicted"]
-    right = true == predicted
-    # F1 is twice the hits, over how often an emotion occurs and how often it is named.
-    f1 = 2 * true[right].value_counts() / pd.concat([true, predicted]).value_counts()
-
     # Six decimals in a CSV do not add up to one.
     probabilities = table[classes].to_numpy().clip(1e-7, 1)
     answered = probabilities[np.arange(len(table)), labels_of(true, classes)]
     nll = np.log(probabilities.sum(axis=1) / answered)
     bins = reliability(table, classes)
+    # The ECE to expect by chance when every confidence is right is that of binomial counts in every bin.
+    variance = bins["confidence"] * (1 - bins["confidence"]) / bins["clips"]  # of the share right
+    if_perfect = np.average(np.sqrt(2 * variance / math.pi), weights=bins["clips"])
     return {
         "clips": len(table),
-        "accuracy": float(right.mean()),
+        "accuracy": float((true == predicted).mean()),
         "uar": uar_of(table),
-        "macro_f1": float(f1.fillna(0).mean()),
+        "macro_f1": float(f1_score(true, predicted, average="macro")),
         "nll": float(nll.mean()),
         "ece": calibration_error(bins),
-        "ece_if_perfect": calibration_error_if_perfect(bins),
+        "ece_if_perfect": float(if_perfect),
     }
 
 
@@ -2910,12 +2897,6 @@ def reliability(table, classes, bins=15):
 def calibration_error(bins):
     """ECE: mean distance of confidence and accuracy over the bins of `reliability`, weighted by size."""
     return float(np.average(abs(bins["confidence"] - bins["right"]), weights=bins["clips"]))
-
-
-def calibration_error_if_perfect(bins):
-    """The ECE to expect by chance when every confidence is right: that of binomial counts in every bin."""
-    variance = bins["confidence"] * (1 - bins["confidence"]) / bins["clips"]  # of the share right
-    return float(np.average(np.sqrt(2 * variance / math.pi), weights=bins["clips"]))
 
 
 def uar_of(table):
@@ -2962,7 +2943,8 @@ def bootstrap(results):
     """
     uars = {}
     for system, part in results.test.groupby("system", sort=False):
-        weights = resampled(voices_of(part), voices_of(part))
+        voices = voices_of(part)
+        weights = resampled(voices, voices)
         if system in results.config["oracles"]:
             weights = weights * resampled(part["transcript"], results.predictions["transcript"])
         uars[system] = weighted_uar(weights, part, results.classes)
@@ -2990,18 +2972,6 @@ def summarize(results):
         "unseen": pd.Series({name: uar_of(part) for name, part in unseen.groupby("system")}, dtype=float),
     })
     return summary.join(test.drop(columns=["clips", "uar"])).loc[list(draws)]
-
-
-def paired_differences(results):
-    """Pooled test UAR of each system minus that of each other: a row per pair, with the 95 % interval.
-
-    The interval is that of the paired bootstrap.
-    """
-    draws, uar, rows = bootstrap(results), test_uar(results), []
-    for first, second in itertools.combinations(draws, 2):
-        low, high = (draws[first] - draws[second]).quantile([0.025, 0.975])
-        rows.append((first, second, uar[first] - uar[second], low, high))
-    return pd.DataFrame(rows, columns=["system", "against", "difference", "low", "high"])
 
 
 def percent(share):
@@ -3056,7 +3026,7 @@ def replacing(path):
         raise UserError(f"{path} cannot be written ({error}): name another --output-dir") from error
     finally:
         with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+            temporary.unlink()
 
 
 def save(path, content):
@@ -3130,11 +3100,10 @@ def only_warning(but=False):
 
 def versions(device):
     """What a result depends on: the hardware that computed it, and versions."""
-    modules = {module.__name__: str(module.__version__) for module in (torch, np, pd)}
-    threads = plural(torch.get_num_threads(), "thread")
-    hardware = f"{device} in {training_precision(device)}, {threads}"
+    hardware = f"{device} in {training_precision(device)}, {plural(torch.get_num_threads(), 'thread')}"
     return {"hardware": hardware, "python": platform.python_version(),
-            "platform": platform.platform(terse=True)} | modules
+            "platform": platform.platform(terse=True),
+            **{module.__name__: str(module.__version__) for module in (torch, np, pd)}}
 
 
 def command_of(cfg):
@@ -3145,8 +3114,7 @@ def command_of(cfg):
 
 def pick_device(cfg):
     """The torch device type of --device: cuda, mps or cpu. Raises UserError when it is not there."""
-    mps = ["mps"] * torch.backends.mps.is_available()
-    there = ["cuda"] * torch.cuda.is_available() + mps + ["cpu"]
+    there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
     device = cfg.device.replace("auto", there[0])
     refuse({f"--device {device} is not available here: leave it out or use --device cpu":
             device not in there})
@@ -3166,7 +3134,8 @@ def download_corpus(cfg):
     with contextlib.suppress(UserError):
         print(f"Nothing to download: RAVDESS clips are in {find_corpus(cfg)}")
         return
-    folder, part = Path(cfg.ravdess_path), Path(f"{Path(cfg.ravdess_path)}{UNFINISHED}")
+    folder = Path(cfg.ravdess_path)
+    part = Path(f"{folder}{UNFINISHED}")
     print(f"RAVDESS: {ARCHIVE['megabytes']} MB from {ARCHIVE['url']}\nLicence CC BY-NC-SA 4.0, not for "
           "commercial use; cite Livingstone & Russo (2018), PLoS ONE 13(5): e0196391", flush=True)
     try:
@@ -3222,8 +3191,13 @@ def save_figure(figure, path, caveats, title="", words=True):
 
 def save_plot(figure, results, name, title, words=True):
     """Save a plot of results under its name; its title ends with what the figures are of."""
-    save_figure(figure, results.folder / "plots" / f"{name}.png", results.config["caveats"],
+    save_figure(figure, results.folder / f"plots/{name}.png", results.config["caveats"],
                 f"{title}\n{results.config['subject']}", words)
+
+
+def legend_beside(axis, **options):
+    """A legend to the right of a plot, where it hides nothing."""
+    axis.legend(loc="upper left", bbox_to_anchor=(1, 1), **options)
 
 
 def plot_counts(clips, subject, folder, caveats):
@@ -3232,8 +3206,8 @@ def plot_counts(clips, subject, folder, caveats):
     # Bars lie, so that long names are readable, however many there are.
     figure = plt.figure(figsize=(7, 5))
     sns.countplot(clips, y="emotion", hue="split", hue_order=SPLITS)
-    plt.legend(loc="upper left", bbox_to_anchor=(1, 1))
-    save_figure(figure, folder / "plots" / "class_counts.png", caveats, f"{subject}, {len(clips)} clips",
+    legend_beside(plt)
+    save_figure(figure, folder / "plots/class_counts.png", caveats, f"{subject}, {len(clips)} clips",
                 words=False)
 
 
@@ -3251,7 +3225,7 @@ def plot_samples(clips, subject, cfg, caveats):
     plt.gca().yaxis.set_major_formatter(lambda mel, _: f"{0.7 * math.expm1(mel):.1f} kHz")
     names = samples["emotion"].astype(str) + "\n" + samples["clip"]
     plt.xticks(np.arange(len(samples)) + 0.5, names, rotation=45, fontsize=7)
-    save_figure(figure, Path(cfg.output_dir, "plots", "samples.png"), caveats, f"{subject}, training clips",
+    save_figure(figure, Path(cfg.output_dir, "plots/samples.png"), caveats, f"{subject}, training clips",
                 words=False)
 
 
@@ -3284,7 +3258,7 @@ def plot_comparison(results):
                                     figsize=(9.5, 1.2 + 0.3 * len(summary)))
     axis.axvline(100 / len(results.classes), color="firebrick", label="chance")
     axis.invert_yaxis()
-    axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    legend_beside(axis)
     save_plot(axis.figure, results, "comparison", "Test UAR in % with 95 % interval: sound alone is blue")
 
 
@@ -3315,7 +3289,7 @@ def plot_coverage(results):
         plt.plot(100 * shares, 100 * np.array(uars), label=results.titles[name])
     plt.xlabel("answered in %")
     plt.ylabel("UAR in %")
-    plt.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=7)
+    legend_beside(plt, fontsize=7)
     save_plot(figure, results, "coverage", "UAR of the most confident answers")
 
 
@@ -3338,8 +3312,7 @@ def plot_confusions(results):
 def uar_by(results, by):
     """Test UAR of every system (rows) in the groups of a column, as texts; of `emotion` its recall."""
     order = results.test["system"].unique(), results.test[by].unique()
-    figures = test_uar(results, by).unstack(by).loc[order]
-    return figures.map(percent).rename(results.titles)
+    return test_uar(results, by).unstack(by).loc[order].map(percent).rename(results.titles)
 
 
 def shares_table(results):
@@ -3489,11 +3462,17 @@ def printable(text):
 
 
 def differences_table(results):
-    """Paired differences with their 95 % intervals, as texts in points."""
-    pairs = paired_differences(results).replace(results.titles)
-    numbers = ["difference", "low", "high"]
-    pairs[numbers] = (100 * pairs[numbers]).map("{:+.1f}".format)
-    return pairs
+    """Pooled test UAR of each system minus that of each other, with the 95 % interval, as texts in points.
+
+    The interval is that of the paired bootstrap.
+    """
+    draws, uar, titles = 100 * bootstrap(results), 100 * test_uar(results), results.titles
+    rows = []
+    for first, second in itertools.combinations(draws, 2):
+        interval = (draws[first] - draws[second]).quantile([0.025, 0.975])
+        points = map("{:+.1f}".format, [uar[first] - uar[second], *interval])
+        rows.append((titles[first], titles[second], *points))
+    return pd.DataFrame(rows, columns="system against difference low high".split())
 
 
 def networks_table(results):
@@ -3602,8 +3581,8 @@ RECORDINGS = {*AUDIO_SUFFIXES, *".m4a .aac .opus .aif .aiff .au .caf .wma .webm 
 # Settings that shape no training.
 FREE = "phase output_dir device download input ask_systems text json reuse_edited given".split()
 ENCODERS = "whisper_model", "whisper_language", "speech_encoder"  # which a prediction may take from elsewhere
-OF_PREDICTOR = *ENCODERS, "ask_systems", "channel"
-PREDICTS_WITH = {*OF_PREDICTOR, *"phase output_dir device input text json demo test_views".split()}
+OF_PREDICTOR = *ENCODERS, "ask_systems", "channel", "test_views"
+PREDICTS_WITH = {*OF_PREDICTOR, *"phase output_dir device input text json demo".split()}
 
 
 def checkpoints_together(cfg):
@@ -3627,7 +3606,7 @@ def checkpoints_together(cfg):
             SYSTEMS[name].kind.check(checkpoint.spec, cfg._replace(**asked))
             found[name] = checkpoint
     several = runs and (not found or len(saved_in(cfg.output_dir, "calibration", {})) > 1)
-    first = "".join(str(path.parent) for path in runs[:1])
+    first = next(iter(runs), Path()).parent
     refuse({f"{cfg.output_dir} holds several runs: name one of them, --output-dir {first}": several,
             f"{cfg.output_dir} holds no trained model: {TRAIN_AGAIN}": not found})
     return found
@@ -3642,7 +3621,7 @@ def refuse_contradictions(cfg, saved, encoder, where):
         if key in FREE:
             continue
         asked, found = getattr(cfg, key), saved.get(key, "no such setting")
-        same = asked == found or Path(str(asked)).resolve() == Path(str(found)).resolve()  # ./a is a
+        same = Path(str(asked)).resolve() == Path(str(found)).resolve()  # ./a is a
         if key == "bert_model" and encoder and Path(asked).is_dir():
             same = encoder_digest(asked) == encoder
         refuse({f"{flag_of(key, asked)} contradicts {where}, made with {found!r}: leave that flag out or "
@@ -3650,7 +3629,7 @@ def refuse_contradictions(cfg, saved, encoder, where):
 
 
 # Beside this file lies a SpeechEncoder that archive/head.py trained on all of RAVDESS.
-SHIPPED, SHIPPED_NAME = "archive", f"{SYSTEMS['speech'].file}_best.pth"
+SHIPPED = Path("archive", f"{SYSTEMS['speech'].file}_best.pth")
 # A recording is no speech when Whisper's no-speech probability is above this. Clips of RAVDESS and synthetic
 # music and noise lie on either side: see archive/RESULTS.md.
 NO_SPEECH_ABOVE = 0.5
@@ -3664,23 +3643,23 @@ def folder_of_models(cfg):
     if trained or "output_dir" in cfg.given:
         return folder
     shipped = Path(globals().get("__file__", "")).parent / SHIPPED
-    refuse({f"{folder} holds no trained model, and {shipped / SHIPPED_NAME}, which comes with this file, is "
-            f"not there: fetch it, or {TRAIN_AGAIN}": not (shipped / SHIPPED_NAME).exists()})
-    return shipped
+    refuse({f"{folder} holds no trained model, and {shipped}, which comes with this file, is not there: "
+            f"fetch it, or {TRAIN_AGAIN}": not shipped.exists()})
+    return shipped.parent
 
 
 def choose_first(checkpoints, calibration, cfg):
-    """(whose answer stands on top, confidences below which answers are unsure, by system), by validation."""
-    windows, log_probs, labels = validation_of(checkpoints)
+    """Confidences below which answers are unsure, by system, that which is best on validation first."""
+    windows, log_probs, labels = log_probs_of(checkpoints, ["validation"])
     answers = predict(log_probs, windows, calibration, cfg)
     asked = names_in(cfg.ask_systems) or [*answers]
     refuse({f"--ask-systems {cfg.ask_systems} is no list of names out of {', '.join(answers)}":
-            set(asked) - set(answers)})
-    thresholds = {name: fit_threshold(answers[name], labels) for name in asked}
+            set(asked).difference(answers)})
     # Who hears and has the least NLL, which is steadier than UAR; unless all of them read words.
     hearing = [name for name in asked if not reads_words(name)] or asked
-    right = {name: answers[name][np.arange(len(labels)), labels] for name in hearing}
-    return max(hearing, key=lambda name: np.log(right[name].clip(1e-7)).mean()), thresholds
+    rows = np.arange(len(labels))
+    first = max(hearing, key=lambda name: np.log(answers[name][rows, labels].clip(1e-7)).mean())
+    return {name: fit_threshold(answers[name], labels) for name in [first, *asked]}
 
 
 def whisper_loads(cfg, device):
@@ -3702,27 +3681,27 @@ class Predictor:
     """
 
     @single_precision()
-    def __init__(self, output_dir="", device="cpu", test_views=0, **settings):
+    def __init__(self, output_dir="", device="cpu", **settings):
         refuse({f"a Predictor knows no settings but {', '.join(OF_PREDICTOR)}":
                 settings.keys() - set(OF_PREDICTOR)})
         if output_dir:
             settings["output_dir"] = str(output_dir)
         cfg = parse_settings([])._replace(phase="predict", device=device, given=tuple(settings), **settings)
-        cfg = cfg._replace(output_dir=str(folder_of_models(cfg)), test_views=test_views or cfg.test_views)
+        cfg = cfg._replace(output_dir=str(folder_of_models(cfg)))
         self.checkpoints, self.device, self.models = checkpoints_together(cfg), pick_device(cfg), {}
         self.classes = next(iter(self.checkpoints.values())).classes
         self.calibration = calibrate(self.checkpoints, cfg)
         self.caveats = caveats_of_models(self.checkpoints)
-
-        self.first, self.thresholds = choose_first(self.checkpoints, self.calibration, cfg)
+        self.thresholds = choose_first(self.checkpoints, self.calibration, cfg)
+        self.first, *_ = self.thresholds
 
         # What a training depends on is as that training had it, other settings as the last one.
         *_, last = self.checkpoints.values()
         saved = cfg._asdict() | last.settings
         for checkpoint in self.checkpoints.values():
             saved |= {key: checkpoint.settings[key] for key in checkpoint.fingerprint.keys() & saved}
-        trained = set(cfg._fields).difference(FREE, ["test_views"])
-        self.cfg = cfg._replace(**{key: saved[key] for key in trained.difference(settings)})
+        trained = set(cfg._fields).difference(FREE, settings, ["test_views"])
+        self.cfg = cfg._replace(**{key: saved[key] for key in trained})
         self.has_whisper = whisper_loads(self.cfg, self.device)
 
     def predict(self, recording, sampling_rate=None, text=None):
@@ -3772,9 +3751,8 @@ class Predictor:
             clip = load_clip(samples, self.cfg, rate)
         except Silence:
             clip = Clip(np.zeros((1, 1)), np.zeros(1, np.float32), np.zeros(1), "")
-        table = pd.DataFrame({"clip": "", "emotion": pd.Categorical([None], self.classes), "mel": [clip.mel],
-                              "samples": [clip.samples], "seconds": [clip.seconds]})
-        windows = windows_of(table, self.cfg)
+        unknown = pd.Categorical([None], self.classes)
+        windows = windows_of(pd.DataFrame([clip]).assign(clip="", emotion=unknown), self.cfg)
         heard = soxr.resample(clip.samples, self.cfg.sampling_rate, 16000)
         speech, gate = self.gate(clip, windows, heard)
         windows = windows.assign(voiced=windows["voiced"] * speech, gate=gate)
@@ -3806,7 +3784,7 @@ class Predictor:
                 "table with a column transcript": not able})
         parts = itertools.chain.from_iterable(SYSTEMS[name].parts for name in able)
         names = self.checkpoints.keys() & {*able, *parts}
-        for name in set(names).difference(self.models):
+        for name in names.difference(self.models):
             self.models[name] = restore(self.checkpoints[name]).to(self.device)
         return {name: infer(self.models[name], windows, self.cfg, self.device) for name in names}
 
@@ -3814,8 +3792,7 @@ class Predictor:
         """The table of `predict` from log-probabilities of the windows of one recording."""
         answers = predict(log_probs, windows, self.calibration, self.cfg)
         answers = answers or {self.first: np.full((1, len(self.classes)), np.nan)}
-        names = sorted(self.thresholds, key=lambda name: name != self.first)
-        names = [name for name in names if name in answers]
+        names = [name for name in self.thresholds if name in answers]
         thresholds = [self.thresholds[name] for name in names]
         table = self.table(np.concatenate([answers[name] for name in names]), thresholds, bool(log_probs))
         table["gate"] = windows["gate"][windows["voiced"].idxmax()]
@@ -3840,12 +3817,13 @@ class Predictor:
 
     def note_of(self, name, windows):
         """What must be said beside the answers of a system to some windows; "" if nothing."""
-        models = [self.checkpoints[model] for model in (name, *SYSTEMS[name].parts) if model in self.checkpoints]
-        known = set().union(*(model.spec.get("vocabulary", ()) for model in models))
+        models = [self.checkpoints[model] for model in (name, *SYSTEMS[name].parts)
+                  if model in self.checkpoints]
+        known = set().union(*(model.spec.get("vocabulary", ()) for model in models)) - {"<unk>"}
         said = words_in(" ".join(windows.get("transcript", [])))
         return ", ".join(holding({
             "trained on simulated sentences": "simulated" in [model.words for model in models],
-            "it knows none of these words": known and said != ["<unk>"] and known.isdisjoint(said),
+            "it knows none of these words": known and known.isdisjoint(said),
         }))
 
 
@@ -3865,7 +3843,12 @@ def recordings_in(cfg):
         found = audio_files(path, ())
     for file in sorted(file for file in found if not file.is_dir()):
         name = printable(file.as_posix().removeprefix(f"{path.as_posix()}/"))
-        reason = passed_over(file)
+        suffix = file.suffix.lower()
+        reason, *_ = holding({
+            "hidden": file.name.startswith("."),  # a note of the system, such as ._a.wav
+            "broken link": not file.is_file(),
+            "": suffix in RECORDINGS,
+            printable(suffix) or "no suffix": True})
         passed += [reason] * bool(reason)
         recordings += [Recording(name, file)] * (not reason)
 
@@ -3889,27 +3872,6 @@ def recordings_listed(path):
     return list(map(Recording, names, files, rows))
 
 
-def passed_over(path):
-    """Why a file that was found is not answered; "" if it is."""
-    if path.name.startswith("."):  # a note of the system, such as ._a.wav
-        return "hidden"
-    if not path.is_file():
-        return "broken link"
-    suffix = path.suffix.lower()
-    return "" if suffix in RECORDINGS else printable(suffix) or "no suffix"
-
-
-def words_source(recording, predictor, cfg):
-    """Where the words said in a recording come from."""
-    # Nobody who asks for an answer expects a download.
-    return holding({
-        cfg.input: recording.row.get("text"),
-        "--text": cfg.text,
-        "no --text, and no weights of Whisper here: audio alone": not predictor.has_whisper,
-        f"Whisper {predictor.cfg.whisper_model}": True,
-    })[0]
-
-
 def answer_recording(recording, predictor, cfg, folder):
     """All answers for one recording, a line per system; a long one leaves a table and a plot of its windows.
 
@@ -3920,7 +3882,14 @@ def answer_recording(recording, predictor, cfg, folder):
     span = float(row.get("start") or 0), float(row.get("end") or math.inf)
     text = row.get("text") or printable(cfg.text) or None
     windows, log_probs = predictor.hear(recording.path, span=span, text=text, transcribe=True)
-    source, over_time = words_source(recording, predictor, cfg) * bool(log_probs), ""
+    # Nobody who asks for an answer expects a download.
+    source, *_ = holding({
+        "": not log_probs,
+        cfg.input: row.get("text"),
+        "--text": cfg.text,
+        "no --text, and no weights of Whisper here: audio alone": not predictor.has_whisper,
+        f"Whisper {predictor.cfg.whisper_model}": True})
+    over_time = ""
     if len(windows) > 1 and log_probs and not reads_words(predictor.first):
         with only_warning():
             course = predictor.over_time(windows, log_probs)
@@ -3952,19 +3921,18 @@ def save_course(name, course, predictor, folder):
     """Write the table and the plot of a recording over time; returns the path of the table as text."""
     path = Path(folder, f"{plain_name(name, name)}.csv")
     save_table(path, course, predictor.caveats)
-    probabilities = course.set_index("end")[predictor.classes]
-    axis = probabilities.plot.area(figsize=(9, 3.5), xlabel="seconds", ylabel="probability")
-    axis.legend(loc="upper left", bbox_to_anchor=(1, 1), reverse=True)  # in the order of the stack
-    title = f"Emotion over time, {SYSTEMS[predictor.first].title}: {name}"
-    save_figure(axis.figure, path.with_suffix(".png"), predictor.caveats, title, words=False)
+    course = course.set_index("end")[predictor.classes]
+    axis = course.plot.area(figsize=(9, 3.5), xlabel="seconds", ylabel="probability")
+    legend_beside(axis, reverse=True)  # in the order of the stack
+    save_figure(axis.figure, path.with_suffix(".png"), predictor.caveats,
+                f"Emotion over time, {SYSTEMS[predictor.first].title}: {name}", words=False)
     return str(path)
 
 
 def predictor_of(cfg):
     """The Predictor of OUTPUT_DIR, with the flags that say where encoders lie. Raises UserError."""
-    folder = cfg.output_dir * ("output_dir" in cfg.given)
-    own = {key: getattr(cfg, key) for key in OF_PREDICTOR if key in cfg.given}
-    return Predictor(folder, cfg.device, cfg.test_views, **own)
+    own = {key: getattr(cfg, key) for key in ("output_dir", *OF_PREDICTOR) if key in cfg.given}
+    return Predictor(device=cfg.device, **own)
 
 
 def folder_of_answers(cfg):
@@ -3998,9 +3966,9 @@ def start_table(path, columns, keys):
 
 def columns_of(recordings, classes):
     """The columns of a table of answers: those of an answer, those of the table that lists the recordings."""
-    own = recordings[0].row
-    answer = "recording error model predicted unsure".split(), classes, "gate note text text_source".split()
-    return list(dict.fromkeys([*itertools.chain(*answer), "over_time", *own, "caveats", "key"]))
+    first, last = "recording error model predicted unsure", "gate note text text_source over_time"
+    names = [*first.split(), *classes, *last.split(), *recordings[0].row, "caveats", "key"]
+    return list(dict.fromkeys(names))
 
 
 def predict_phase(cfg):
@@ -4009,7 +3977,7 @@ def predict_phase(cfg):
     keys = [key_of(recording, predictor, cfg) for recording in recordings]
     columns = columns_of(recordings, predictor.classes)
     folder, done = folder_of_answers(cfg), set()
-    path = folder.with_name(f"{folder.name}.csv")
+    path = Path(f"{folder}.csv")
     with only_warning():
         # A single file is answered each time.
         done = start_table(path, columns, keys * (recordings[0].path != Path(cfg.input)))
@@ -4036,22 +4004,25 @@ def predict_phase(cfg):
 def print_answer(lines, classes):
     """One recording on the console: a bar per emotion by the first system, then the others."""
     first, *others = lines
-    unsure = " (unsure)" * int(first["unsure"] == 1)  # empty beside an error
-    print(f"\n{first['recording']}: {first['error'] or first['predicted']}{unsure}")
-    if first["predicted"] == NO_SPEECH:
-        print(f"  {'music or noise? ' * ('silent' not in first['gate'])}({first['gate']})")
-    if first["error"] or first["predicted"] == NO_SPEECH:
+    if first["error"]:
+        print("\n{recording}: {error}".format_map(first))
         return
+    print("\n{recording}: {predicted}".format_map(first) + " (unsure)" * int(first["unsure"]))
+    if first["predicted"] == NO_SPEECH:
+        question = "music or noise? " * ("silent" not in first["gate"])
+        print(f"  {question}({first['gate']})")
+        return
+
     for emotion in sorted(classes, key=first.get, reverse=True):
-        print(f"  {emotion:12} {first[emotion]:6.1%}  {'#' * round(40 * first[emotion])}")
+        share = first[emotion]
+        print("  {:12} {:6.1%}  {}".format(emotion, share, "#" * round(40 * share)))
     for line in others:
-        note = f" ({line['note']})" * bool(line["note"])
-        unsure = ", unsure" * int(line["unsure"])
-        print(f"  {line['model']}{note}: {line['predicted']} {line[line['predicted']]:.1%}{unsure}")
-    print(f"  {first['model']}. Speech: {first['gate']}")
-    print(f"  Words: {first['text_source']}" + f": {first['text']!r}" * (first["text"] is not None))
-    if first["over_time"]:
-        print(f"  Over time: {first['over_time']} and .png beside it")
+        note, unsure = " ({note})" * bool(line["note"]), ", unsure" * int(line["unsure"])
+        form = "  {model}" + note + ": {predicted} {:.1%}" + unsure
+        print(form.format(line[line["predicted"]], **line))
+    said = ": {text!r}" * (first["text"] is not None)
+    over_time = "\n  Over time: {over_time} and .png beside it" * bool(first["over_time"])
+    print(("  {model}. Speech: {gate}\n  Words: {text_source}" + said + over_time).format_map(first))
 
 
 # %% 22. The demo
@@ -4085,9 +4056,9 @@ def write_demo_corpus(folder, actors=range(1, 25), statements=(1, 2)):
     """Write synthetic clips under RAVDESS names, one per actor, emotion and statement, if missing."""
     def write(codes):
         """Write the clip of one actor, emotion and statement."""
-        actor, emotion, statement = codes
-        path = Path(folder, f"Actor_{actor:02}", f"03-01-{emotion:02}-01-{statement:02}-01-{actor:02}.wav")
+        path = Path(folder, "Actor_{0:02}/03-01-{1:02}-01-{2:02}-01-{0:02}.wav".format(*codes))
         if not path.exists():
+            actor, emotion, _ = codes
             samples = synthesize(EMOTIONS[emotion - 1], actor, np.random.default_rng(codes), 16000)
             with replacing(path) as temporary:
                 soundfile.write(temporary, samples, 16000, "PCM_16")
@@ -4126,8 +4097,8 @@ def write_demo_whisper(path):
 
 def write_demo(cfg):
     """Write the corpus and the encoder of the demo where they are missing. Raises UserError."""
-    real = not saved_in(cfg.output_dir, "settings", {}).get("demo", True)
-    refuse({f"{cfg.output_dir} holds a real run: name another --output-dir for --demo": real})
+    refuse({f"{cfg.output_dir} holds a real run: name another --output-dir for --demo":
+            not saved_in(cfg.output_dir, "settings", {}).get("demo", True)})
     with filelock.FileLock("archive/demo/run.lock"):  # a demo beside this one may be at it
         write_demo_corpus(cfg.ravdess_path)
         if "bert_model" not in cfg.given and "bert" in cfg.run_models:
@@ -4144,31 +4115,30 @@ def describe_corpus(corpus):
     # Files that are no clips are counted by kind, damaged clips are named.
     kinds = left_out["reason"].where(left_out["reason"].isin(PASSED_OVER), "unusable")
     broken = left_out[kinds == "unusable"]
-    unnamed = "" in set(clips["actor"])
-    speakers = f" of {plural(clips['actor'].nunique(), 'actor')}" * (not unnamed)
+    named = "" not in set(clips["actor"])
+    speakers = f" of {plural(clips['actor'].nunique(), 'actor')}" * named
     sentences = holding({
         f"{len(clips) + len(left_out)} files in {corpus.source}: {len(clips)} clips{speakers} are used; left "
         f"out: {counted(kinds)} (left_out.csv).": True,
         f"Clips per emotion: {counted(clips['emotion'])}.": True,
-        f"Clips per actor: {counted(clips['actor'])}.": not unnamed,
+        f"Clips per actor: {counted(clips['actor'])}.": named,
         "No speakers are named: splits may share voices, which flatters, and intervals draw single clips, "
-        "which makes them too narrow.": unnamed})
+        "which makes them too narrow.": not named})
 
     if "statement" in clips:
         sentences.append(missing_clips(clips))
     same = clips[clips.duplicated("digest", keep=False)].groupby("digest")["clip"].agg(list)
-    for first, second, *more in same[:1]:
-        others = f" and {len(more)} more" * bool(more)
-        sentences.append(f"Same bytes under several names: {plural(len(same), 'time')}, the first {first} = "
-                         f"{second}{others}.")
-    sentences += [f"Left out: {line.path}: {line.reason}." for line in broken[:10].itertuples()]
+    for names in same[:1]:
+        sentences.append(f"Same bytes under several names: {plural(len(same), 'time')}, the first "
+                         f"{' = '.join(names[:5])}.")
+    sentences += itertools.starmap("Left out: {}: {}.".format, broken[:10].to_numpy())
     return sentences + holding({f"Left out: {len(broken) - 10} more, see left_out.csv.": len(broken) > 10})
 
 
 def counted(column):
     """How often each value of a column occurs, as text: happy 12, sad 14."""
-    sizes = column.groupby(column, observed=True).size()
-    return ", ".join(f"{value} {n}" for value, n in sizes.items()) or "none"
+    sizes = column.groupby(column, observed=True).size().items()
+    return ", ".join(itertools.starmap("{} {}".format, sizes)) or "none"
 
 
 def missing_clips(clips):
@@ -4191,20 +4161,21 @@ def title_of_split(corpus, cfg):
 
 def describe_split(clips, corpus, run):
     """The clips and actors of each split, and how many actors stand in several, as one sentence."""
-    texts, named = [], clips[clips["actor"] != ""]
+    texts = []
     for split in SPLITS:
-        actors = sorted(named.loc[named["split"] == split, "actor"].unique())
-        who = f" of actors {' '.join(map(str, actors))}" * bool(actors)
-        texts.append(f"{split} {sum(clips['split'] == split)} clips{who}")
+        part = clips[clips["split"] == split]
+        actors = " ".join(map(str, sorted(set(part["actor"]))))
+        texts.append(f"{split} {len(part)} clips" + f" of actors {actors}" * bool(actors))
 
-    shared = sum(named.groupby("actor")["split"].nunique() > 1)
+    splits = clips.groupby("actor")["split"].nunique()
+    shared = sum(splits.drop("", errors="ignore") > 1)
     other = clips["emotion"] != clips.get("sentence_emotion", clips["emotion"])
-    noise = f"{run.sentence_noise:.1%} dealt anew"
     left = len(corpus.clips) - len(clips)
     texts += holding({
         "loss weighted by class": class_targets(clips.query("split == 'train'"), run).max() > 1,
         f"{plural(shared, 'actor')} in several splits": shared,
-        f"{other.mean():.1%} of the clips with a sentence of another emotion ({noise})": other.any(),
+        f"{other.mean():.1%} of the clips with a sentence of another emotion ({run.sentence_noise:.1%} dealt "
+        "anew)": other.any(),
         f"{plural(left, 'clip')} left out, since the bytes occur in an earlier split": left})
     return f"{title_of_split(corpus, run).capitalize()}: {'; '.join(texts)}."
 
@@ -4283,8 +4254,8 @@ def train_run(run, names, clips, corpus, device):
     for name in names:
         if reasons[name] and name not in lacking:
             train_system(run, name, clips, corpus, device)
-    there = [name for name in TRAINED if not stale_because(run, name, clips)]
-    return {name: read_checkpoint(run, name) for name in there}, lacking
+    there = {name: read_checkpoint(run, name) for name in TRAINED if not stale_because(run, name, clips)}
+    return there, lacking
 
 
 def not_available(run, name, lacking):
@@ -4361,7 +4332,13 @@ def write_results(cfg, corpus, lacking, table, histories, **facts):
 
 def publish(results):
     """Tables on the console, metrics.json, plots and report of Results. Raises UserError."""
-    save(results.folder / "metrics.json", all_figures(results))
+    # A flat list: a dict per system, split and group; `by` says what groups.
+    metrics = []
+    for by in GROUPS:
+        if set(by.split()) <= set(results.predictions):
+            figures = figures_of(results, *by.split()).reset_index()
+            metrics += figures.assign(by=by).to_dict("records")
+    save(results.folder / "metrics.json", metrics)
     table, caveats = table_of(results), "; ".join(results.config["caveats"]) or "unseen speakers"
     title = f"{results.config['subject']} ({caveats})"
     print(f"\n{title}\n{table.to_string(index=False)}", flush=True)
@@ -4409,14 +4386,13 @@ def results_of(trained, clips_of):
         checkpoints = {name: checkpoints[name] for name in checkpoints if name in everywhere}
         key, clips = {"fold": run.fold, "seed": run.seed}, clips_of[run]
         caveats += caveats_of_models(checkpoints)
+        windows, log_probs, _ = log_probs_of(checkpoints)
         calibration[str(key)] = calibrate(checkpoints, run)
-        log_probs = {name: checkpoint.log_probs for name, checkpoint in checkpoints.items()}
-        windows = pd.DataFrame(next(iter(checkpoints.values())).windows)
         answers = predict(log_probs, windows, calibration[str(key)], run)
         tables.append(predictions_table(answers, clips, classes_of(clips), **key))
         for name, checkpoint in checkpoints.items():
-            history = pd.DataFrame(checkpoint.history)
-            histories.append(history.assign(system=name, parameters=parameters_of(checkpoint), **key))
+            facts = {"system": name, "parameters": parameters_of(checkpoint), **key}
+            histories.append(pd.DataFrame(checkpoint.history).assign(**facts))
     return {
         "table": with_ensembles(pd.concat(tables, ignore_index=True), classes_of(clips)),
         # What is solved at once has none; an empty table would make floats of epochs.
@@ -4438,9 +4414,8 @@ def report_phase(cfg):
     results, path = read_results(cfg.output_dir), Path(cfg.output_dir, "config.json")
     config = results.config
     refuse_contradictions(cfg, config["settings"], config["encoder"], path)
-    audit = saved_in(cfg.output_dir, "audit", config["audit"], "audit.json")
     refuse({f"{path} is not of the data beside it, audit.json: make it again with --phase all":
-            audit != config["audit"]})
+            saved_in(cfg.output_dir, "audit", config["audit"], "audit.json") != config["audit"]})
     publish(results)
 
 
@@ -4449,21 +4424,21 @@ def evaluate_phase(cfg):
     predictor = predictor_of(cfg)
     folder = predictor.cfg.output_dir
     # Features are kept, beside one's own results and not where the file lies.
-    predictor.cfg = predictor.cfg._replace(phase="evaluate", output_dir=cfg.output_dir)
+    predictor.cfg = predictor.cfg._replace(phase="evaluate", output_dir=cfg.output_dir, merge=cfg.merge,
+                                           manifest=cfg.manifest)
     encoder = encoder_of(predictor.checkpoints)
-    saved = predictor.cfg._replace(manifest=cfg.manifest, merge=cfg.merge)
-    refuse_contradictions(cfg, saved._asdict(), encoder, folder)
+    refuse_contradictions(cfg, predictor.cfg._asdict(), encoder, folder)
     # The features are those of the training, the corpus is another one.
-    work = saved._replace(
-        phase="evaluate", output_dir=evaluation_folder(cfg), given=cfg.given, split="speaker", folds="0",
-        runs=1, demo=False, fusion="both", use_simulated_sentences=False, leave_out="")
+    work = predictor.cfg._replace(
+        output_dir=evaluation_folder(cfg), given=cfg.given, split="speaker", folds="0", runs=1, demo=False,
+        fusion="both", use_simulated_sentences=False, leave_out="")
     whole = read_corpus(work, predictor.classes)
     corpus = shared_emotions(whole, predictor.classes, cfg)
     classes, emotions = classes_of(corpus.clips), whole.clips["emotion"]
-    unknown = counted(emotions[~emotions.isin(classes)])
     audit = [*describe_corpus(whole),
              f"Emotions compared: {', '.join(classes)} (also called {', '.join(SYNONYMS)}).",
-             f"Clips left out, unknown to the models: {unknown}. (--merge NAME=EMOTION counts them.)",
+             f"Clips left out, unknown to the models: {counted(emotions[~emotions.isin(classes)])}. (--merge "
+             "NAME=EMOTION counts them.)",
              "Temperatures and fusion weights are those of the training; adapted takes something of these "
              "clips, mean and deviation. Probabilities are renormalised over the emotions that both know."]
     print(*audit, sep="\n")
@@ -4496,7 +4471,7 @@ def shared_emotions(corpus, classes, cfg):
 
 def caveats_elsewhere(predictor, corpus, folder, cfg):
     """What every page must say of trained models on another corpus, also which clips they know, by bytes."""
-    windows = pd.DataFrame(next(iter(predictor.checkpoints.values())).windows).query("split != 'test'")
+    windows, *_ = log_probs_of(predictor.checkpoints, ["train", "validation"])
     known = sum(corpus.clips["digest"].isin(windows["digest"]))
     caveats = holding({
         f"models of {folder} on another corpus": True,
@@ -4510,14 +4485,15 @@ def elsewhere(predictor, corpus):
     windows = windows_of(corpus.clips, predictor.cfg)
     log_probs, calibration = predictor.ask(windows), predictor.calibration
     if "speech" in log_probs:
-        checkpoint = predictor.checkpoints["speech"]
-        log_probs["speech_adapted"] = adapted(windows, checkpoint, predictor.cfg, predictor.device)
+        log_probs["speech_adapted"] = adapted(windows, predictor.checkpoints["speech"], predictor.cfg,
+                                              predictor.device)
         calibration = calibration | {"speech_adapted": calibration["speech"]}
     answers = predict(log_probs, windows, calibration, predictor.cfg)
-    table = predictions_table(answers, corpus.clips, predictor.classes, fold=0, seed=0)
-    shares = table[classes_of(corpus.clips)].clip(1e-7)
-    shares = shares.div(shares.sum(axis=1), axis=0)
-    return table.drop(columns=predictor.classes).assign(predicted=shares.idxmax(axis=1)).join(shares)
+    classes = classes_of(corpus.clips)
+    for name in answers:
+        shares = answers[name][:, labels_of(classes, predictor.classes)].clip(1e-7)
+        answers[name] = shares / shares.sum(axis=1, keepdims=True)
+    return predictions_table(answers, corpus.clips, classes, fold=0, seed=0)
 
 
 @contextlib.contextmanager
@@ -4557,9 +4533,9 @@ def main(argv=None):
     if cfg.phase == "predict":  # which changes no result
         predict_phase(cfg)
         return
-    phases = {"report": report_phase, "evaluate": evaluate_phase}
+    phase = {"report": report_phase, "evaluate": evaluate_phase}.get(cfg.phase, train_phase)
     with locked(cfg):
-        phases.get(cfg.phase, train_phase)(cfg)
+        phase(cfg)
 
 
 # %% 24. Run
