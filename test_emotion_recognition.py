@@ -7199,6 +7199,14 @@ def test_a_demo_or_an_evaluation_in_the_output_folder_is_no_trained_model(shippe
     assert er.Predictor().cfg.output_dir == "outputs"
 
 
+def test_the_model_that_comes_with_the_file_was_made_by_the_code_of_today():
+    checkpoint = er.read_checkpoint(config(output_dir=str(SCRIPT.parent / "archive")), "speech")
+    python, code = checkpoint.fingerprint["made"].split()
+    if python != "{}.{}".format(*sys.version_info):
+        pytest.skip(f"keys of code are those of Python {python}")
+    assert code == er.code_of("speech")  # else run archive/head.py again
+
+
 def test_the_model_that_comes_with_the_file_was_made_with_the_settings_of_today():
     checkpoint = er.read_checkpoint(config(output_dir=str(SCRIPT.parent / "archive")), "speech")
     today = config()._asdict()

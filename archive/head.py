@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).absolute().parent.parent))
 import emotion_recognition as er
 
 TARGET = Path(__file__).absolute().with_name("SpeechEncoder_best.pth")
+MADE = "{}.{} ".format(*sys.version_info) + er.code_of("speech")  # Python, key of the code in it
 CAVEAT = "SpeechEncoder that comes with this file, trained on all actors of RAVDESS (CC BY-NC-SA 4.0)"
 
 
@@ -55,7 +56,8 @@ def main(argv):
     traits = windows[["clip", "split", "emotion", "voiced", "digest"]].astype({"emotion": str})
     checkpoint = er.Checkpoint(
         "speech", model.spec, model.state_dict(), er.classes_of(clips), "", (CAVEAT,), public,
-        er.fingerprint_of(cfg, "speech", clips) | {"code": ""}, [], traits.to_dict("list"), log_probs)
+        er.fingerprint_of(cfg, "speech", clips) | {"code": "", "made": MADE}, [], traits.to_dict("list"),
+        log_probs)
     with er.replacing(TARGET) as temporary:
         torch.save(checkpoint._asdict(), temporary)
 
