@@ -3597,7 +3597,7 @@ def checkpoints_together(cfg):
             checkpoint = read_checkpoint(cfg, name)
             first = next(iter(found.values()), checkpoint)
             parts = {part: digest(found[part].fingerprint) for part in SYSTEMS[name].parts if part in found}
-            beside = {key: first.fingerprint[key] for key in ("clips", *SHARED)} | parts
+            beside = {key: first.fingerprint.get(key) for key in ("clips", *SHARED)} | parts
             change = differences(checkpoint.fingerprint, beside)
             refuse({f"{file_of(cfg, name)} was not trained with the models beside it ({change}): "
                     f"{TRAIN_AGAIN}": change})

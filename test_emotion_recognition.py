@@ -5018,6 +5018,14 @@ def test_answers_of_models_that_other_code_trained_say_so(copied, capsys):
     assert "trained by other code" in caveats
 
 
+def test_models_of_an_earlier_version_that_knew_fewer_settings_answer(copied):
+    for path in OUTPUT.glob("*_best.pth"):
+        content = torch.load(path, weights_only=True)
+        del content["fingerprint"]["channel"], content["settings"]["channel"]
+        torch.save(content, path)
+    assert er.Predictor(OUTPUT).predict(speech(), RATE)["predicted"].iloc[0] in er.EMOTIONS
+
+
 def test_models_that_read_alone_answer_with_words_and_ask_for_them(copied, capsys):
     for path in OUTPUT.glob("*.pth"):
         if path.name != "TextRNN_best.pth":
