@@ -128,7 +128,7 @@ def main(argv):
     asked = parser.parse_args(argv)
     predictor = er.Predictor(asked.folder)
     if asked.no_gate:
-        predictor.gate = lambda clip, windows: (True, "")
+        predictor.gate = lambda *heard: (True, "")
     names = [name for name in predictor.thresholds if not er.reads_words(name)]
     er.refuse({f"--clips {asked.clips} is less than 1": asked.clips < 1,
                f"--system {asked.system} is none of {', '.join(names)}": asked.system not in [*names, None]})
