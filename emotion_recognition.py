@@ -1229,7 +1229,8 @@ def frames_in(span, length, rate):
     refuse({"no samples in it": not length}, AudioError)
     # Tables round their seconds.
     inside = 0 <= start < min(end, seconds) and not seconds + 0.1 < end < math.inf
-    refuse({f"its segment from {start} to {end} s does not lie in its {seconds:.2f} s": not inside}, AudioError)
+    refuse({f"its segment from {start} to {end} s does not lie in its {seconds:.2f} s": not inside},
+           AudioError)
     first = math.floor(start * rate)
     return first, max(first + 1, round(min(end, seconds) * rate))
 
@@ -1253,7 +1254,7 @@ def open_sound(path):
     }, AudioError)
     with open(path, "rb") as opened:
         start = opened.read(4096)
-    # libsndfile reads a file that was cut off without a word. Sizes of 0 and of all ones were never filled in.
+    # libsndfile reads a file that was cut off without a word; 0 and all ones were never filled in.
     first, last, order = SIZES.get(start[:4], (0, 0, "big"))
     declared = int.from_bytes(start[first:last], order)
     refuse({
@@ -1268,7 +1269,7 @@ def open_sound(path):
 
 
 def decode_with_librosa(path):
-    """Samples (n, 1) of a file that soundfile cannot read, float32, and their rate in Hz. Raises AudioError."""
+    """Samples (n, 1), float32, of a file that soundfile cannot read, and their rate. Raises AudioError."""
     import librosa
     try:
         with warnings.catch_warnings():
@@ -1292,9 +1293,9 @@ def numbers_of(recording, rate):
     samples = np.zeros(())
     with contextlib.suppress(ValueError, TypeError, OverflowError):  # rows of different lengths, "16 kHz"
         samples, rate = np.asarray(recording), round(float(rate or 0))
-    fine = samples.ndim in (1, 2) and samples.dtype.kind in "iuf" and 1000 <= rate <= 768000
+    fine = samples.ndim in (1, 2) and 0 not in samples.shape[1:] and samples.dtype.kind in "iuf"
     refuse({"a recording is a path, or an array of numbers of shape (n,), (n, channels) or (channels, n) "
-            "with its sampling_rate in Hz, from 1000 to 768000": not fine})
+            "with its sampling_rate in Hz, from 1000 to 768000": not (fine and 1000 <= rate <= 768000)})
     if samples.dtype.kind != "f":
         # By the values, since 16 bits come in wider types too.
         samples = samples.astype(float)

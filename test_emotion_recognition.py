@@ -1256,7 +1256,8 @@ def log_mels_of(samples, rate=RATE, **changes):
 def parted(*parts, rate=RATE):
     """Parts one after the other: samples, or seconds of faint noise."""
     rng = np.random.default_rng(0)
-    arrays = [part if isinstance(part, np.ndarray) else rng.normal(0, 1e-5, int(part * rate)) for part in parts]
+    faint = functools.partial(rng.normal, 0, 1e-5)
+    arrays = [part if isinstance(part, np.ndarray) else faint(int(part * rate)) for part in parts]
     return np.concatenate(arrays).astype(np.float32)
 
 
@@ -1440,11 +1441,12 @@ def test_where_nothing_is_heard_the_reason_is_its_own(samples, reason):
         er.load_clip(samples, config(), RATE)
 
 
-@pytest.mark.parametrize(("span", "shown"), [((1.5, 4.0), "from 1.5"), ((2, 1), ""), ((9, 12), ""), ((0.5, 9), "")])
-def test_a_segment_is_read_alone_or_named(span, shown):
+@pytest.mark.parametrize(("span", "there"), [
+    ((1.5, 4.0), True), ((2, 1), False), ((9, 12), False), ((0.5, 9), False)])
+def test_a_segment_is_read_alone_or_named(span, there):
     samples = parted(1.5, speech(), 1.5)
     path = written("a.wav", samples)
-    if not shown:
+    if not there:
         with pytest.raises(er.AudioError, match=f"segment from {span[0]} to {span[1]} s does not lie in its"):
             er.load_clip(path, config(), span=span)
         return
@@ -1455,8 +1457,8 @@ def test_a_segment_is_read_alone_or_named(span, shown):
 
 FORMATS = {  # ending and subtype: sampling rate
     "wav GSM610": 8000, "wav ULAW": 8000, "wav IMA_ADPCM": RATE, "wav DOUBLE": RATE, "w64 PCM_16": RATE,
-    "flac PCM_24": RATE, "ogg VORBIS": RATE, "opus OPUS": RATE, "mp3 MPEG_LAYER_III": RATE, "aiff PCM_16": RATE,
-    "au PCM_16": RATE, "caf PCM_16": RATE}
+    "flac PCM_24": RATE, "ogg VORBIS": RATE, "opus OPUS": RATE, "mp3 MPEG_LAYER_III": RATE,
+    "aiff PCM_16": RATE, "au PCM_16": RATE, "caf PCM_16": RATE}
 
 
 @pytest.mark.parametrize(("name", "rate"), FORMATS.items(), ids=FORMATS)
@@ -1579,7 +1581,8 @@ def test_windows_cover_a_clip_whole_and_overlap_by_half(frames):
     cfg = config()
     mel, samples = ramp(frames) / 100, np.arange(frames * cfg.hop_length)
     second = RATE / cfg.hop_length
-    clips = pd.DataFrame({"clip": ["a"], "mel": [mel], "samples": [samples], "seconds": [np.arange(frames) / second]})
+    seconds = np.arange(frames) / second
+    clips = pd.DataFrame({"clip": ["a"], "mel": [mel], "samples": [samples], "seconds": [seconds]})
     windows = er.windows_of(clips, cfg)
     starts = (windows["start"] * second).round().astype(int)
     ends = (windows["end"] * second).round().astype(int)
@@ -5288,7 +5291,8 @@ def fail_at(patch, error, name):
     (er.UserError("--whisper-language xx is none"), "--whisper-language xx is none"),
     (ZeroDivisionError("by zero"), "by zero"),
 ])
-def test_one_file_never_ends_a_batch_and_a_single_one_ends_with_its_sentence(error, reason, batch, monkeypatch):
+def test_one_file_never_ends_a_batch_and_a_single_one_ends_with_its_sentence(
+        error, reason, batch, monkeypatch):
     fail_at(monkeypatch, error, "b.wav")
     er.main(batch)
     table = read_answers()
@@ -5412,8 +5416,8 @@ def test_where_the_models_cannot_be_written_to_answers_go_to_the_working_folder(
 def test_a_pattern_names_recordings_unless_a_file_has_that_name(pattern, names, batch):
     written("own/deeper/d.wav", speech())
     written("own/[d].wav", speech()[:-100])
-    recordings = er.recordings_in(config(input=pattern))
-    assert [recording.name for recording in recordings if "[" not in recording.name or "[d]" in pattern] == names
+    found = [recording.name for recording in er.recordings_in(config(input=pattern))]
+    assert [name for name in found if "[" not in name or "[d]" in pattern] == names
 
 
 def test_a_table_of_recordings_says_words_and_seconds_and_keeps_its_columns(copied, capsys):
@@ -5435,7 +5439,8 @@ def test_a_table_of_recordings_says_words_and_seconds_and_keeps_its_columns(copi
     assert not errors["talk.wav"] and not errors["talk.wav 1.5 3"]
     part = table[table["recording"] == "talk.wav 1.5 3"]
     assert set(part["text"]) == {"What a day."}
-    alone = er.Predictor(OUTPUT).predict(np.tile(speech(), 8)[RATE * 3 // 2:3 * RATE], RATE, text="What a day.")
+    said = np.tile(speech(), 8)[RATE * 3 // 2:3 * RATE]
+    alone = er.Predictor(OUTPUT).predict(said, RATE, text="What a day.")
     assert np.allclose(part["sad"].astype(float), alone["sad"], atol=1e-3)
 
 
@@ -8218,6 +8223,31 @@ ENDS = st.sampled_from([".wav", ".mp3", ".txt", " (1).wav", ".WAV", ""])
 STEMS = st.lists(CODES, min_size=6, max_size=8).map("-".join)
 NEARLY = st.from_regex(r"03-01-0[1-9]-0[12]-0[12]-0[12]-[0-2][0-9]", fullmatch=True)
 NAMES = st.tuples(STEMS | NEARLY, ENDS).map("".join)
+
+
+TYPES = st.sampled_from(["int8", "uint8", "int16", "int32", "int64", "float16", "float32", "float64"])
+RATES = st.sampled_from([0, 999, 1000, 8000, 11025, 16000, 44100, 192000])
+
+
+@anything
+@given(TYPES, RATES, st.integers(0, 4), st.floats(0, 3), st.floats(-120, 60), st.floats(-1, 1))
+def test_any_array_is_one_clip_of_all_that_is_spoken_or_a_reason(
+        kind, rate, channels, seconds, decibels, offset):
+    samples = np.resize(speech(), int(seconds * rate)) * 10 ** (decibels / 20) + offset
+    if "int" in kind:
+        span = np.iinfo(kind)
+        samples = (samples * span.max).clip(span.min / 2, span.max / 2)
+    if channels:
+        samples = np.tile(samples, (channels, 1))
+    try:
+        clip = er.load_clip(samples.astype(kind), config(), rate)
+    except er.UserError as error:
+        assert "\n" not in str(error)
+        return
+    assert np.isfinite(clip.mel).all() and np.isfinite(clip.samples).all()
+    assert len(clip.samples) == 256 * len(clip.mel) == 256 * len(clip.seconds)
+    assert (np.diff(clip.seconds) > 0).all()
+    assert 0 <= clip.seconds[0] <= clip.seconds[-1] <= seconds + 0.1
 
 
 @anything
