@@ -1343,8 +1343,9 @@ def loud_frames(level, cfg):
     # Clicks and thumps do not last.
     steady = median_filter(level, 2 * round(0.13 * second) + 1)
     top, near = steady.max(), maximum_filter1d(steady, round(2 * second))
-    # Who speaks softly is heard beside who shouts, and a pause is none of both.
-    loud = (near >= top - cfg.trim_db) & (steady >= np.maximum(near, top - 10) - cfg.trim_db)
+    # Who speaks softly is heard beside who shouts, and a pause is none of both, nor is noise all the time.
+    faint, noise = np.maximum(near, top - 10) - cfg.trim_db, min(steady.min() + 6, top - 20)
+    loud = (near >= top - cfg.trim_db) & (steady >= faint) & (steady >= noise)
     return loud, top
 
 
