@@ -4172,8 +4172,9 @@ def describe_split(clips, corpus, run):
     splits = clips.groupby("actor")["split"].nunique()
     shared = sum(splits.drop("", errors="ignore") > 1)
     other = clips["emotion"] != clips.get("sentence_emotion", clips["emotion"])
-    left = len(corpus.clips) - len(clips)
+    left, parts = len(corpus.clips) - len(clips), [span for span in clips.get("span", []) if span != WHOLE]
     texts += holding({
+        f"{plural(len(parts), 'segment')} of files": parts,
         "loss weighted by class": class_targets(clips.query("split == 'train'"), run).max() > 1,
         f"{plural(shared, 'actor')} in several splits": shared,
         f"{other.mean():.1%} of the clips with a sentence of another emotion ({run.sentence_noise:.1%} dealt "

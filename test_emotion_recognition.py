@@ -5668,6 +5668,8 @@ def test_segments_of_one_file_are_clips_of_their_own(unpublished):
     assert len(corpus.clips) == 4  # an open end is that of the file
     reason, = corpus.left_out["reason"]
     assert "from 0.0 to 99.0 s does not lie in its" in reason
+    audit = er.describe_split(corpus.clips.assign(split="test"), corpus, config(manifest="m.csv"))
+    assert "4 segments of files" in audit
 
 
 def test_an_emotion_is_the_same_however_its_accents_are_written_and_a_path_may_start_at_home(monkeypatch):
