@@ -3673,6 +3673,16 @@ def whisper_loads(cfg, device):
     return False
 
 
+@contextlib.contextmanager
+def naming(recording):
+    """An AudioError in here says the path of the recording, if it has one."""
+    try:
+        yield
+    except AudioError as error:
+        path = f"{recording}: " * isinstance(recording, (str, Path))
+        raise AudioError(f"{path}{error}") from error
+
+
 class Predictor:
     """The trained models of a folder, with nothing but their checkpoints, ready for any recording.
 
@@ -3713,11 +3723,13 @@ class Predictor:
         with `sampling_rate` in Hz; `text` is what is said, for the systems that read words: without it, those
         that hear answer alone. The answer to silence, music and noise is "no speech", as `gate` found.
         """
-        return self.as_a_whole(*self.hear(recording, sampling_rate, text=text))
+        with naming(recording):
+            return self.as_a_whole(*self.hear(recording, sampling_rate, text=text))
 
     def predict_over_time(self, recording, sampling_rate=None):
         """A DataFrame with the first system's answer to each window: `start`, `end` in s, `voiced` 0 to 1."""
-        return self.over_time(*self.hear(recording, sampling_rate))
+        with naming(recording):
+            return self.over_time(*self.hear(recording, sampling_rate))
 
     @single_precision()
     def hear(self, recording, sampling_rate=None, span=WHOLE, text=None, transcribe=False):
