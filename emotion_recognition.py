@@ -1344,7 +1344,7 @@ def loud_frames(level, cfg):
     steady = median_filter(level, 2 * round(0.13 * second) + 1)
     top, near = steady.max(), maximum_filter1d(steady, round(2 * second))
     # Who speaks softly is heard beside who shouts, and a pause is none of both, nor is noise all the time.
-    faint, noise = np.maximum(near, top - 10) - cfg.trim_db, min(steady.min() + 6, top - 20)
+    faint, noise = np.maximum(near, top - 10) - cfg.trim_db, min(steady.min() + 6, top + 10 - cfg.trim_db)
     loud = (near >= top - cfg.trim_db) & (steady >= faint) & (steady >= noise)
     return loud, top
 

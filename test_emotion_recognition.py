@@ -2444,8 +2444,7 @@ def test_all_that_runs_while_a_model_is_trained_counts_as_its_code(name, demo, m
     run = science_run_by(training)
     of_kind = {"speech": {"whisper_states", "disturbed"}}.get(name, {"fit_in_epochs", "Trainer"})
     assert run >= {"train", kind.__name__} | of_kind
-    for function in ("code_of", "code_from"):
-        monkeypatch.setattr(er, function, getattr(er, function).__wrapped__)  # which remembers nothing
+    monkeypatch.setattr(er, "code_from", er.code_from.__wrapped__)  # which remembers nothing
     before = er.code_of(name)
     nodes = dict(er.definitions())
     monkeypatch.setattr(er, "definitions", lambda: nodes)
@@ -3758,7 +3757,7 @@ def test_emotion_over_time_is_titled_and_its_legend_has_the_order_of_the_stack(c
     course = predictor.predict_over_time(samples, RATE)
     er.save_course("talk.wav", course, predictor, "out")
     caveat = "synthetic demo corpus: the figures mean nothing"
-    assert titled["talk.wav"] == f"Emotion over time, {TITLES[predictor.first]}: talk.wav\n{caveat}"
+    assert next(iter(titled.values())) == f"Emotion over time, {TITLES[predictor.first]}: talk.wav\n{caveat}"
     legend = figures[0].axes[0].get_legend()
     assert [text.get_text() for text in legend.get_texts()] == predictor.classes[::-1]
 
@@ -5259,7 +5258,7 @@ def test_whisper_is_asked_only_when_its_weights_are_there_and_for_words_when_the
     for line in lines:
         assert line["text"] == "What a day."
         assert line["text_source"] == "Whisper base"
-        assert line["gate"] == "Whisper, no-speech probability 0.10"
+        assert line["gate"].startswith("Whisper, no-speech probability 0.10")
 
 
 # %% Batches of recordings
@@ -5272,8 +5271,8 @@ def batch(copied, capsys):
 
 
 @pytest.fixture
-def asked(monkeypatch):
-    """The names of the recordings that are asked from here on."""
+def served(monkeypatch):
+    """The names of the recordings that are answered from here on."""
     names, answer = [], er.answer_recording
     monkeypatch.setattr(er, "answer_recording", lambda recording, *rest: (
         names.append(recording.name), answer(recording, *rest))[1])
@@ -5312,7 +5311,7 @@ def test_one_file_never_ends_a_batch_and_a_single_one_ends_with_its_sentence(
 
 
 def after_a_stop(batch, monkeypatch):
-    """Stop a batch with Ctrl-C as its third recording is asked."""
+    """Stop a batch with Ctrl-C as its third recording is answered."""
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt(patch, er, "answer_recording", 3)
         er.main(batch)
@@ -5326,7 +5325,7 @@ def after_a_stop(batch, monkeypatch):
     ("other settings", ["a.wav", "b.wav", "c.wav"]),
     ("another kind of file", ["a.wav", "b.wav", "c.wav"]),
 ])
-def test_a_batch_that_was_stopped_goes_on_where_it_stopped(change, again, batch, asked, monkeypatch, capsys):
+def test_a_batch_that_was_stopped_goes_on_where_it_stopped(change, again, batch, served, monkeypatch, capsys):
     after_a_stop(batch, monkeypatch)
     path = table_of_answers()
     assert list(read_answers()["recording"]) == ["a.wav", "b.wav"]
@@ -5338,22 +5337,22 @@ def test_a_batch_that_was_stopped_goes_on_where_it_stopped(change, again, batch,
         "another kind of file": lambda: path.write_bytes(b"\xff\0"),
     }
     changes.get(change, lambda: None)()
-    asked.clear()
+    served.clear()
     capsys.readouterr()
     er.main(batch)
-    assert asked == again
+    assert served == again
     assert f"{3 - len(again)} of 3 answered before" in capsys.readouterr().err
     assert sorted(read_answers()["recording"]) == ["a.wav", "b.wav", "c.wav"]
     assert path.read_bytes().endswith(b"\n")
 
 
-def test_errors_are_tried_again(batch, asked, monkeypatch):
+def test_errors_are_tried_again(batch, served, monkeypatch):
     with monkeypatch.context() as patch:
         fail_at(patch, MemoryError(), "b.wav")
         er.main(batch)
-    asked.clear()
+    served.clear()
     er.main(batch)
-    assert asked == ["b.wav"]
+    assert served == ["b.wav"]
     assert set(read_answers()["error"]) == {""}
 
 
@@ -5373,13 +5372,13 @@ def test_a_pipe_that_is_closed_ends_quietly(batch):
     assert "error" not in said.lower() and "Traceback" not in said
 
 
-def test_what_is_not_answered_of_a_folder_is_counted_by_reason(batch, asked, capsys):
+def test_what_is_not_answered_of_a_folder_is_counted_by_reason(batch, served, capsys):
     touch("own", "a.txt", "b.TXT", "deeper/c.jpg", "README", ".hidden.wav")
     Path("own/gone.wav").symlink_to("nowhere.wav")
     er.main(batch)
     said = capsys.readouterr().err
-    assert "Not asked: .jpg 1, .txt 2, broken link 1, hidden 1, no suffix 1\n" in said
-    assert asked == ["a.wav", "b.wav", "c.wav"]
+    assert "Not answered: .jpg 1, .txt 2, broken link 1, hidden 1, no suffix 1\n" in said
+    assert served == ["a.wav", "b.wav", "c.wav"]
 
 
 @pytest.mark.parametrize("suffix", [".oga", ".w64", ".amr", ".3gp"])
@@ -5389,13 +5388,13 @@ def test_recordings_of_phones_and_of_long_sessions_are_answered(suffix):
     assert recording.name == f"a{suffix}"
 
 
-def test_links_to_folders_are_followed_once(batch, asked):
+def test_links_to_folders_are_followed_once(batch, served):
     written("elsewhere/d.wav", speech())
     for name in ("link", "other link"):
         Path("own", name).symlink_to("../elsewhere", target_is_directory=True)
     Path("elsewhere/back").symlink_to("../own", target_is_directory=True)
     er.main(batch)
-    assert asked == ["a.wav", "b.wav", "c.wav", "link/d.wav"]
+    assert served == ["a.wav", "b.wav", "c.wav", "link/d.wav"]
 
 
 def test_each_input_has_its_own_table_also_a_single_file(copied, capsys):
@@ -5633,7 +5632,7 @@ def test_a_manifest_has_its_own_emotions_those_of_ravdess_first_then_by_alphabet
     assert set(clips["reason"]) == {""}
 
 
-TABLES = {
+SPREADSHEETS = {
     "semicolons": "path;emotion;speaker\na.wav;happy;1\nb.wav;sad;2\n",
     "tabs": "path\temotion\tspeaker\na.wav\thappy\t1\nb.wav\tsad\t2\n",
     "a note to Excel": "sep=;\r\npath;emotion;speaker\r\na.wav;happy;1\r\nb.wav;sad;2\r\n",
@@ -5643,9 +5642,9 @@ TABLES = {
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
-@pytest.mark.parametrize("kind", TABLES)
+@pytest.mark.parametrize("kind", SPREADSHEETS)
 def test_tables_are_read_as_other_programs_write_them(kind, encoding):
-    Path("m.csv").write_bytes(TABLES[kind].encode(encoding))
+    Path("m.csv").write_bytes(SPREADSHEETS[kind].encode(encoding))
     clips = er.list_manifest("m.csv")
     assert list(clips["clip"]) == ["a.wav", "b.wav"]
     assert list(clips["emotion"]) == ["happy", "sad"]
@@ -7147,7 +7146,7 @@ def test_whisper_says_what_is_speech(probability, predicted, predictor, monkeypa
     pretend_no_speech(monkeypatch, itertools.repeat(probability))
     line = predictor.predict(speech(), RATE).iloc[0]
     assert (line["predicted"] == "no speech") == (predicted == "no speech")
-    assert line["gate"] == f"Whisper, no-speech probability {probability:.2f}"
+    assert line["gate"].startswith(f"Whisper, no-speech probability {probability:.2f}")
     course = predictor.predict_over_time(speech(), RATE)
     assert set(course["predicted"] == "no speech") == {predicted == "no speech"}
 
@@ -7167,7 +7166,7 @@ def test_a_refusal_says_what_may_have_been_heard(predictor, monkeypatch, capsys,
     er.main([*PREDICTING, "a.wav"])
     out = capsys.readouterr().out
     assert "a.wav: no speech" in out
-    assert "music or noise? (Whisper, no-speech probability 0.80)" in out
+    assert "music or noise? (Whisper, no-speech probability 0.80" in out
 
 
 def test_another_encoder_than_that_of_training_is_passed_over(finished, tiny_whisper, capsys):

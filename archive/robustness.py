@@ -129,7 +129,7 @@ def main(argv):
     predictor = er.Predictor(asked.folder)
     if asked.no_gate:
         predictor.gate = lambda *heard: (True, "")
-    names = [name for name in predictor.thresholds if not er.reads_words(name)]
+    names = [name for name in er.SYSTEMS if name in predictor.thresholds and not er.reads_words(name)]
     er.refuse({f"--clips {asked.clips} is less than 1": asked.clips < 1,
                f"--system {asked.system} is none of {', '.join(names)}": asked.system not in [*names, None]})
 
