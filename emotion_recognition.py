@@ -649,7 +649,7 @@ def read_table(path, needed, optional, advice, others=False):
             set(needed).difference(named) or len(set(named)) < len(named),
             f"{path} line {wide}: it has more columns than line 1 (quote what has commas): {advice}": wide})
 
-    table = pd.DataFrame(rows.values(), list(rows), columns, dtype=object).fillna("")
+    table = pd.DataFrame(rows.values(), rows, columns, dtype=object).fillna("")
     for name in columns:
         # Line breaks within a cell would break the tables that are written.
         plain = table[name].str.split().str.join(" ")
