@@ -3995,7 +3995,8 @@ def predict_phase(cfg):
     with only_warning():
         # A single file is answered each time.
         done = start_table(path, columns, keys * (recordings[0].path != Path(cfg.input)))
-        print(f"Answers go to {path}: {len(done)} of {len(keys)} answered before", file=sys.stderr)
+        before = f": {len(done)} of {len(keys)} answered before" * (len(keys) > 1)
+        print(f"Answers go to {path}{before}", file=sys.stderr)
 
     for recording, key in zip(tqdm(recordings, "Recordings", disable=len(keys) < 2), keys):
         if key in done:

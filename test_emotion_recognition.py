@@ -4721,7 +4721,7 @@ def test_what_is_neither_path_nor_samples_is_said_to_be_so(kind, listener):
 
 
 @pytest.mark.parametrize(("path", "reason"), [
-    ("take_12.wav", "does not exist"), (".", "is a folder"), ("https://example.org/a.wav", "download it first")])
+    ("take_12.wav", "does not exist"), (".", "is a folder"), ("https://example.org/a.wav", "download it")])
 def test_an_error_of_a_predictor_names_the_recording_and_the_reason(path, reason, listener):
     for ask in (listener.predict, listener.predict_over_time):
         with pytest.raises(er.AudioError, match=f"^{path}: it .*{reason}"):
