@@ -3995,10 +3995,10 @@ def predict_phase(cfg):
     with only_warning():
         # A single file is answered each time.
         done = start_table(path, columns, keys * (recordings[0].path != Path(cfg.input)))
-        before = f": {len(done)} of {len(keys)} answered before" * (len(keys) > 1)
-        print(f"Answers go to {path}{before}", file=sys.stderr)
+        print(f"Answers go to {path}", file=sys.stderr)
 
-    for recording, key in zip(tqdm(recordings, "Recordings", disable=len(keys) < 2), keys):
+    title = f"Recordings, {len(done)} of {len(keys)} answered before"
+    for recording, key in zip(tqdm(recordings, title, disable=len(keys) < 2), keys):
         if key in done:
             continue
         lines = answer_or_reason(recording, predictor, cfg, folder)
