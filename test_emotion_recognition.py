@@ -466,15 +466,15 @@ def test_a_corpus_full_of_broken_clips_has_a_short_audit_and_a_long_table(few_cl
 
 
 def write_full_corpus(folder):
-    """Write 1440 clips of 0.05 s of noise under the names of RAVDESS, two of them with the same bytes."""
+    """Write 1440 clips of 0.5 s of noise under the names of RAVDESS, two of them with the same bytes."""
     rng = np.random.default_rng(0)
-    header = written("a.wav", tone(0.05, RATE)).read_bytes()[:44]
+    header = written("a.wav", tone(0.5, RATE)).read_bytes()[:44]
     codes = itertools.product(range(1, 9), (1, 2), (1, 2), (1, 2), range(1, 25))
     for emotion, intensity, statement, repetition, actor in codes:
         if emotion == 1 and intensity == 2:
             continue
         code = f"{emotion:02}-{intensity:02}-{statement:02}-{repetition:02}"
-        samples = rng.integers(-9000, 9000, 800, dtype=np.int16)
+        samples = rng.integers(-9000, 9000, 8000, dtype=np.int16)
         name = f"Actor_{actor:02}/03-01-{code}-{actor:02}.wav"
         unpacked({name: header + samples.tobytes()}, folder)
 
