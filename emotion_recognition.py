@@ -478,7 +478,7 @@ def find_corpus(cfg):
     path = Path(cfg.ravdess_path)
     places = [path]
     if path.parent == Path("archive") and "ravdess_path" not in cfg.given:
-        cache = os.environ.get("KAGGLEHUB_CACHE", os.path.expanduser("~/.cache/kagglehub"))
+        cache = os.environ.get("KAGGLEHUB_CACHE", os.path.expanduser("~/.cache/kagglehub"))  # noqa: PTH111
         places += map(Path, ["archive", "/kaggle/input", cache])
     for place in places:
         if list_ravdess(place)["reason"].isin(["", FOREIGN]).any():
@@ -516,7 +516,7 @@ def audio_files(folder, suffixes=(*AUDIO_SUFFIXES, ".mp4")):
                             if not name.endswith(UNFINISHED) and not (root / name).match("archive/demo"))
         for path in map(root.joinpath, sorted(files)):
             hidden = path.name.startswith(".")  # a note of the system, such as ._a.wav
-            if not suffixes or path.suffix.lower() in suffixes and not hidden:
+            if not suffixes or (path.suffix.lower() in suffixes and not hidden):
                 yield path
 
 
@@ -555,7 +555,8 @@ def list_manifest(path):
     advice = "mend it or leave out --manifest"
     table = read_table(path, ["path", "emotion"], "speaker split transcript start end".split(), advice)
     # Tables come from Windows too, and "Sad " is "sad".
-    table["path"] = [PureWindowsPath(os.path.expanduser(text)).as_posix() for text in table["path"]]
+    paths = table["path"].map(os.path.expanduser)
+    table["path"] = [PureWindowsPath(text).as_posix() for text in paths]
     table["emotion"] = table["emotion"].str.lower()
     table["split"] = table["split"].str.lower().replace(SPLIT_NAMES)
     segments = ("#" + table["start"] + "-" + table["end"]).replace("#-", "")
@@ -642,7 +643,7 @@ def read_table(path, needed, optional, advice, others=False):
                         f"quotes, a quote is written twice): {advice}") from error
 
     # What csv lets pass, but would be read as something else than was meant.
-    columns = others and reader.fieldnames or [*needed, *optional]
+    columns = (others and reader.fieldnames) or [*needed, *optional]
     named = [name for name in reader.fieldnames if name in columns]
     wide = next((number for number, row in rows.items() if any(row.get(None, []))), 0)
     refuse({f"{path} line 1 must name the columns {' and '.join(needed)}, none twice: {advice}":
@@ -780,7 +781,7 @@ def split_clips(corpus, run):
         clips = deal(clips, "digest", *random_digests(clips, run.seed))
     elif lacks_validation(clips):
         speakers = sorted(set(clips.query("split == 'train'")["actor"]))[1::5]
-        taken = clips.eval("split == 'train' and actor in @speakers")
+        taken = (clips["split"] == "train") & clips["actor"].isin(speakers)
         clips = clips.assign(split=clips["split"].mask(taken, "validation"))
     # Under another name, the same bytes may stand on the other side of the split.
     order = clips["split"].map(SPLITS.index)
@@ -1052,7 +1053,7 @@ def load_whisper(name, device):
 
 def whisper_file(name):
     """Where the weights of --whisper-model lie, or would lie once they are fetched."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache")), "whisper")
+    cache = Path(os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache")), "whisper")  # noqa: PTH111
     full = {"large": "large-v3", "turbo": "large-v3-turbo"}.get(name, name)
     return Path(name) if Path(name).is_file() else cache / f"{full}.pt"
 
@@ -1138,14 +1139,14 @@ def load_clip(source, cfg, rate=0, span=WHOLE):
 def load_samples(source, cfg, rate=0, span=WHOLE):
     """(float32 samples (n,) at SAMPLING_RATE, without what lies below voices, a note). Raises AudioError."""
     parts, note = [], ""
-    for part, rate in sound_parts(source, rate, span):
+    for part, own_rate in sound_parts(source, rate, span):  # noqa: B007, all parts have the same
         refuse({"NaN, infinite or huge samples": not np.abs(part).max() < 1e6}, AudioError)
         samples, found = one_channel(part, cfg.channel)
         parts.append(samples)
         note = note or found
     samples = np.concatenate(parts)
-    if rate != cfg.sampling_rate:
-        samples = soxr.resample(samples, rate, cfg.sampling_rate)
+    if own_rate != cfg.sampling_rate:
+        samples = soxr.resample(samples, own_rate, cfg.sampling_rate)
     if len(samples) > cfg.hop_length:
         samples = sosfiltfilt(high_pass(cfg.sampling_rate), samples).astype(np.float32)
     return samples, note
@@ -1201,17 +1202,19 @@ def file_parts(file, span):
     """Yields (samples (n, channels), rate in Hz) of an open SoundFile, as far as its decoder comes."""
     rate = file.samplerate
     refuse({f"its header says {rate} Hz": not 1000 <= rate <= 768000}, AudioError)
-    first, last = frames_in(span, file.frames, rate)
+    start, last = frames_in(span, file.frames, rate)
     if file.seekable():
-        file.seek(first)
+        file.seek(start)
     else:
-        file.read(first)
+        file.read(start)
+    first = start
     # By number, since some codecs cannot seek.
     while first < last and len(part := file.read(min(PART * rate, last - first), "float32", always_2d=True)):
         first += len(part)
         yield part, rate
     # A length that nobody wrote is no promise.
-    refuse({f"cut off: it ends after {first / rate:.2f} of {last / rate:.2f} s": first < last < 2**60},
+    refuse({"no samples in it": first == start,
+            f"cut off: it ends after {first / rate:.2f} of {last / rate:.2f} s": first < last < 2**60},
            AudioError)
 
 
@@ -1252,7 +1255,7 @@ def open_sound(path):
         "it is a folder": file.is_dir(),
         "it does not exist": not file.exists(),
     }, AudioError)
-    with open(path, "rb") as opened:
+    with file.open("rb") as opened:
         start = opened.read(4096)
     # libsndfile reads a file that was cut off without a word; 0 and all ones were never filled in.
     first, last, order = SIZES.get(start[:4], (0, 0, "big"))
@@ -3852,7 +3855,7 @@ def recordings_in(cfg):
     if path.is_file():  # whatever its name is
         return [Recording(printable(path.name), path)]
 
-    found = map(Path, glob.glob(cfg.input, recursive=True))
+    found = map(Path, glob.glob(cfg.input, recursive=True))  # noqa: PTH207, which takes no absolute pattern
     if path.is_dir() and cfg.input:
         found = audio_files(path, ())
     for file in sorted(file for file in found if not file.is_dir()):
@@ -3954,7 +3957,7 @@ def folder_of_answers(cfg):
     folder = Path(cfg.output_dir)
     if folder.exists() and not os.access(folder, os.W_OK):  # models may lie where nothing can be written
         folder = Path()
-    return folder / "recordings" / plain_name(Path(cfg.input).name, os.path.abspath(cfg.input))
+    return folder / "recordings" / plain_name(Path(cfg.input).name, str(Path(cfg.input).resolve()))
 
 
 def key_of(recording, predictor, cfg):

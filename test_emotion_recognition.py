@@ -837,7 +837,7 @@ def test_any_group_of_actors_is_split_without_overlap_and_each_tested_once(sizes
 def test_speakers_of_very_different_size_are_dealt_into_folds_of_like_size():
     # Every fifth speaker would test 160 clips in the first fold and 16 in each of the others.
     sizes = {actor: 80 if actor % 5 == 1 else 8 for actor in range(101, 111)}
-    sizes |= {actor: 8 for actor in range(111, 131)}
+    sizes |= dict.fromkeys(range(111, 131), 8)
     clips = clips_by(sizes)
     tested = [sum(clips["actor"].isin(test)) for _, test in er.fold_actors(clips)]
     assert sum(tested) == len(clips)
@@ -1309,7 +1309,7 @@ def test_numbers_of_every_kind_are_heard_alike(recording):
     (np.zeros(9, complex), RATE), (np.zeros(9, bool), RATE), ({}, RATE),
 ])
 def test_what_is_no_recording_is_one_sentence(recording, rate):
-    with pytest.raises(er.UserError, match="a recording is a path, or an array|too short"):
+    with pytest.raises(er.UserError, match=r"a recording is a path, or an array|too short"):
         er.load_clip(recording, config(), rate)
 
 
@@ -1473,7 +1473,7 @@ def test_every_format_is_read_to_its_end_or_is_said_to_be_cut_off(name, rate):
     if kind == "OGG":  # whose pages say no length
         return
     cut(path, path.stat().st_size // 2)
-    with pytest.raises(er.AudioError, match="cut off|not readable"):
+    with pytest.raises(er.AudioError, match=r"cut off|not readable"):
         er.load_clip(path, config())
 
 
@@ -7824,7 +7824,7 @@ ONE_SENTENCE = {  # what is wrong: (command line, what the sentence must name, h
         OWN_CSV, "m.csv line 3|the path of line 2 again", third("deep/../a.wav,sad,1,train")),
     "manifest, a link to a listed file": (
         OWN_CSV, "m.csv line 3|the path of line 2 again",
-        lambda _: (os.symlink("a.wav", "b.wav"), manifest("a.wav,sad,1,", "b.wav,sad,1,"))),
+        lambda _: (Path("b.wav").symlink_to("a.wav"), manifest("a.wav,sad,1,", "b.wav,sad,1,"))),
     "manifest, a segment twice": (
         OWN_CSV, "m.csv line 3|the path of line 2 again",
         lambda _: manifest("a.wav,sad,0,1", "a.wav,happy,,1.0", header="path,emotion,start,end")),
