@@ -583,6 +583,7 @@ def spans_of(table):
 
 def refuse_manifest(path, table, advice):
     """Raise a UserError for the first line of a manifest that is not what it should be."""
+    refuse({f"{path} lists no clips: {advice}": table.empty})
     named, split = table["speaker"] != "", table["split"]
     # Two spellings may name one file.
     files = table["file"].map(os.path.realpath).str.normalize("NFC")

@@ -7856,6 +7856,8 @@ ONE_SENTENCE = {  # what is wrong: (command line, what the sentence must name, h
         lambda _: manifest("a.wav,sad,0,1", "a.wav,happy,2,1", header="path,emotion,start,end")),
     "manifest, a zero byte": (OWN_CSV, "m.csv|zero byte|--manifest", third("b.wav,sad\0,1,train")),
     "manifest, one emotion": (OWN_CSV, "m.csv|two emotions", third("b.wav,HAPPY,1,train", "happy")),
+    "manifest, no lines": (
+        OWN_CSV, "m.csv lists no clips|--manifest", lambda _: Path("m.csv").write_text("path,emotion\n,,\n")),
     "manifest, no files": (
         OWN_CSV, "3 clips cannot be used|a.wav: it does not exist|m.csv has no clip|--manifest",
         lambda patch: (third("b.wav,sad,1,test")(patch), remove("[abc].wav", "."))),
