@@ -359,6 +359,17 @@ def check_settings(cfg):
         f"--clip-seconds {cfg.clip_seconds} is shorter than 16 frames of --hop-length":
             cfg.clip_seconds * cfg.sampling_rate < 16 * cfg.hop_length,
     })
+    refuse_pointers(cfg)
+
+
+def refuse_pointers(cfg):
+    """Raise a UserError when weights that a flag names lie here as pointers, which git has not fetched."""
+    for name in (cfg.bert_model, cfg.speech_encoder, cfg.whisper_model):
+        with contextlib.suppress(OSError, ValueError):  # names of the hub need not be paths
+            for path in filter(Path.is_file, (Path(name), *Path(name).glob("*"))):
+                with path.open("rb") as file:
+                    pointer = file.read(len(GIT_LFS)) == GIT_LFS
+                refuse({f"{path} is a pointer of Git LFS and not the file: git lfs pull fetches it": pointer})
 
 
 def names_in(text):

@@ -2034,6 +2034,15 @@ def test_the_python_of_the_readme_answers_for_a_recording(finished, capsys):
     assert capsys.readouterr().out.strip() in er.EMOTIONS
 
 
+@pytest.mark.parametrize("flag", ["--bert-model", "--speech-encoder", "--whisper-model"])
+def test_weights_that_git_has_not_fetched_are_said(flag):
+    Path("weights").mkdir()
+    Path("weights/model.safetensors").write_text(LFS)
+    name = "weights/model.safetensors" if "whisper" in flag else "weights"
+    with pytest.raises(er.UserError, match=r"model.safetensors is a pointer of Git LFS .* git lfs pull"):
+        er.parse_settings([flag, name])
+
+
 def test_settings_are_read_only():
     cfg = config()
     with pytest.raises(AttributeError):
