@@ -392,12 +392,13 @@ def runs_of(cfg):
 class Corpus:
     """A corpus that was read, and all that it decides where settings leave things open.
 
-    `source` is its folder or table. `clips` has a row per usable clip, sorted by name: clip, path, emotion
-    (categories in the order of the labels), actor, digest of the file's bytes, mel (T, M), samples (n,) and
-    what else it knows (intensity, statement, repetition, sex, split, transcript). `left_out` has the path of
-    every other file, and the reason. `split` says how clips are dealt: speaker, random, manifest, or shared
-    (the manifest's own, with speakers in several splits or unknown). `words` says where sentences come from:
-    simulated, whisper, manifest, or, when there are none, why. `caveats` is what every page must say.
+    `source` is its folder or table. `clips` has a row per usable clip, sorted by name: clip, path,
+    emotion (categories in the order of the labels), actor, digest of the file's bytes, what `load_clip`
+    makes of it and what else is known (intensity, statement, repetition, sex, split, transcript, and the
+    span of a segment). `left_out` has the path of every other file, and the reason. `split` says how
+    clips are dealt: speaker, random, manifest, or shared (the manifest's own, with speakers in several
+    splits or unknown). `words` says where sentences come from: simulated, whisper, manifest, or, when
+    there are none, why. `caveats` is what every page must say.
     """
 
     name: str
@@ -4571,10 +4572,10 @@ def main(argv=None):
         phase(cfg)
 
 
-# %% 24. Run
-if __name__ == "__main__":
+def run_script(main, *argv):
+    """Call main(*argv) as a script: what stops it is one sentence and an exit code, for companions too."""
     try:
-        main()
+        main(*argv)
         print(end="", flush=True)  # now, while a pipe that is closed can still be told
     except BrokenPipeError:  # whoever reads has had enough, such as head
         os._exit(1)  # at once: Python would complain as it ends
@@ -4584,3 +4585,8 @@ if __name__ == "__main__":
             raise UserError(sentence) from None
         print(f"error: {sentence}", file=sys.stderr)
         sys.exit(130 if isinstance(stop, KeyboardInterrupt) else 2)
+
+
+# %% 24. Run
+if __name__ == "__main__":
+    run_script(main)
