@@ -2165,7 +2165,7 @@ def test_any_text_may_be_a_flag_or_a_constant(name, text):
         patch.setattr(er, name, text)
         by_constant = outcome()
     for cfg in (by_flag, by_constant):
-        assert getattr(cfg, name.lower()) == text
+        assert getattr(cfg, name.lower()) == os.path.expanduser(text)  # noqa: PTH111
 
 
 @pytest.mark.parametrize("argv", ["--nothing 0.1", "--demo=yes", "speech.wav", "-x"])
