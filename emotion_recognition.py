@@ -123,10 +123,11 @@ DEMO = False                     # a small synthetic corpus instead, results in 
 DEVICE = "auto"                  # where to compute; auto takes the fastest that is there
 SEED = 42                        # seed of initialisation, order, augmentation and sentences
 RUNS = 1                         # trainings of every fold, with SEED, SEED + 1, ...
+ONLY_RUN = 0                     # train this one of several runs, from 1 on, without results; 0: all
 # Splits
 LEAVE_OUT = ""                   # emotions to do without, comma-separated: calm,disgust
 MERGE = ""                       # emotions to count as others, in pairs: calm=neutral,boredom=sad
-SPLIT = "speaker"                # speaker: no actor in two splits; random: by clip (optimistic)
+SPLIT = "speaker"                # speaker: none in two splits; text: nor any sentence; half; random: by clip
 FOLDS = "0"                      # which fifth of the actors is tested; 0,1,2,3,4: cross-validation
 TEST_VIEWS = 5                   # slightly different readings of a clip that are averaged; 1: one
 # Words
@@ -173,8 +174,9 @@ ALLOWED = {  # texts: one of them; numbers: least and most, floats if written so
     "phase": ("all", "data", "unimodal", "fusion", "report", "predict", "evaluate"),
     "fusion": ("concat", "attention", "both"),
     "device": ("auto", "cuda", "mps", "cpu"),
-    "split": ("speaker", "random"),
+    "split": ("speaker", "text", "half", "random"),
     "seed": (0, 2**31),
+    "only_run": (0, 2**31),
     "channel": (0, 1024),
     "test_views": (1, 5),
     "max_tokens": (4, 512),
@@ -184,7 +186,8 @@ ALLOWED = {  # texts: one of them; numbers: least and most, floats if written so
     "sentence_noise": (0.0, 1.0),
     "ema_decay": (0.0, 0.9999),
     **dict.fromkeys("dropout word_dropout label_smoothing".split(), (0.0, 0.99)),
-    **dict.fromkeys("trim_db weight_decay mixup learning_rate_cnn learning_rate_rnn learning_rate_bert "
+    "trim_db": (11.0, 1e6),  # less than noise wavers
+    **dict.fromkeys("weight_decay mixup learning_rate_cnn learning_rate_rnn learning_rate_bert "
                     "learning_rate_fusion".split(), (0.0, 1e6)),
     "clip_seconds": (0.0, 600.0),
     "speech_c": (1e-9, 1e6),
@@ -339,6 +342,7 @@ def parse_settings(argv=None):
 def check_settings(cfg):
     """Raise a UserError that names the first flags which cannot be or do not go together."""
     folds, names = names_in(cfg.folds), set(names_in(cfg.run_models))
+    runs = len(runs_of(cfg))
     known = [name for name in TRAINED if not name.startswith("attention")]
     idle = [flag_of(key, getattr(cfg, key)) for key in cfg.given if key not in PREDICTS_WITH]
     # One corpus a run; --download fills the folder of --ravdess-path.
@@ -354,6 +358,8 @@ def check_settings(cfg):
             not names or names.difference(known),
         f"--folds {cfg.folds!r} is not a list of different folds out of 0,1,2,3,4":
             sorted(set(folds) & set("01234")) != sorted(folds) or not folds,
+        f"--only-run {cfg.only_run}: --folds, --runs and --split make {plural(runs, 'run')}":
+            cfg.only_run > runs,
         "--split random has no folds: leave out --folds and --runs, or --split random":
             cfg.split == "random" and len(folds) * cfg.runs > 1,
         f"--clip-seconds {cfg.clip_seconds} is shorter than 16 frames of --hop-length":
@@ -379,11 +385,14 @@ def names_in(text):
 
 def runs_of(cfg):
     """The settings of each run: one per seed and fold, each with its own folder if there are several."""
-    runs = []
+    runs, seeds = [], range(cfg.seed, cfg.seed + cfg.runs)
+    # Both ways round: trained on each half of the sentences.
+    splits = {"text": ["statement_1", "statement_2"]}.get(cfg.split, [cfg.split])
     # Every fold of a seed before the next seed: a whole cross-validation is there as early as possible.
-    for seed, fold in itertools.product(range(cfg.seed, cfg.seed + cfg.runs), names_in(cfg.folds)):
-        folder = str(Path(cfg.output_dir, f"fold_{fold}_seed_{seed}"))
-        runs.append(cfg._replace(folds=fold, seed=seed, runs=1, output_dir=folder))
+    for seed, fold, split in itertools.product(seeds, names_in(cfg.folds), splits):
+        folder = f"fold_{fold}_seed_{seed}" + f"_{split}" * (cfg.split == "text")
+        runs.append(cfg._replace(folds=fold, seed=seed, runs=1, split=split,
+                                 output_dir=str(Path(cfg.output_dir, folder))))
     return runs if len(runs) > 1 else [cfg]
 
 
@@ -724,7 +733,7 @@ def split_kind(clips, cfg):
         return cfg.split
 
     why = "a column split" if own else "no column speaker"
-    asked = "split" in cfg.given and (own or cfg.split == "speaker")
+    asked = "split" in cfg.given and (own or cfg.split != "random")
     refuse({f"{cfg.manifest} has {why}: leave out --folds, --runs and --split":
             cfg.folds != "0" or cfg.runs > 1 or asked})
     # Without names there is no split by speaker.
@@ -758,6 +767,8 @@ def caveats_of(clips, split, words, cfg):
         f"merged: {cfg.merge}": cfg.merge,
         "validation: every fifth speaker of the manifest's training split": lacks_validation(clips),
         "random split: speakers shared between splits": split == "random",
+        "tested on sentences that are not in training": split == "text",
+        "trained on every other clip of each speaker": split == "half",
         "split of the manifest: speakers shared between splits or unknown": split == "shared"}))
 
 
@@ -775,6 +786,7 @@ def classes_of(clips):
 # The five folds of Luna-Jimenez et al. (2021), with the validation actors of Mak-Sim/ResLSTM-SER.
 TEST_ACTORS = (2, 5, 14, 15, 16), (3, 6, 7, 13, 18), (10, 11, 12, 19, 20), (8, 17, 21, 23, 24), (1, 4, 9, 22)
 VALIDATION_ACTORS = (3, 6), (10, 11), (8, 17), (1, 14), (2, 5)
+BY_SPEAKER = "speaker", "text", "half"  # the splits that have folds
 
 
 def split_clips(corpus, run):
@@ -784,12 +796,18 @@ def split_clips(corpus, run):
     trained on.
     """
     clips = corpus.clips
-    if corpus.split == "speaker":
+    if corpus.split in BY_SPEAKER:
         folds = fold_actors(clips)
         refuse({f"{clips['actor'].nunique()} actor(s) cannot be split by speaker into three (fold "
                 f"{run.fold}): name more under --ravdess-path or in --manifest, lower --folds, or choose "
                 "--split random": run.fold >= len(folds)})
         clips = deal(clips, "actor", *folds[run.fold])
+        if corpus.split == "half":  # as much training as with text, but of all sentences
+            turns = clips.groupby(["actor", "emotion"], observed=True).cumcount()
+            clips = clips[(clips["split"] == "test") | (turns % 2 == 0)]
+        if corpus.split == "text":
+            half = sentence_halves(clips, run) == run.split[-1]
+            clips = clips[half == (clips["split"] == "train")]
     elif corpus.split == "random":
         clips = deal(clips, "digest", *random_digests(clips, run.seed))
     elif lacks_validation(clips):
@@ -799,6 +817,21 @@ def split_clips(corpus, run):
     # Under another name, the same bytes may stand on the other side of the split.
     order = clips["split"].map(SPLITS.index)
     return clips[order == order.groupby(clips["digest"]).transform("min")].reset_index(drop=True)
+
+
+def sentence_halves(clips, cfg):
+    """Which half of the corpus's sentences is said in each clip, "1" or "2": a Series. Raises UserError.
+
+    Of RAVDESS it is the statement, of other corpora every other sentence in the order of the alphabet.
+    """
+    if "statement" in clips:
+        return clips["statement"].astype(str)
+    said = clips["transcript"] if "transcript" in clips else clips["clip"]
+    speakers = clips.groupby(said)["actor"].nunique()
+    refuse({f"--split text needs sentences that speakers repeat word for word, and {speakers.idxmin()!r} has "
+            f"one speaker: complete the column transcript of {cfg.manifest}, or leave out --split":
+            speakers.min() < 2})
+    return said.map(dict(zip(speakers.index, itertools.cycle("12"))))
 
 
 def refuse_gaps(corpus, runs):
@@ -2878,7 +2911,7 @@ def read_results(folder):
     return Results(path.parent, config, **tables)
 
 
-GROUPS = "", "fold seed", "actor", "sex", "intensity", "emotion"
+GROUPS = "", "fold seed", "actor", "sex", "intensity", "statement", "emotion"
 
 
 @functools.lru_cache(maxsize=16)
@@ -4207,7 +4240,7 @@ def missing_clips(clips):
 def title_of_split(corpus, cfg):
     """What to call the split of a run, or those of several."""
     folds = cfg.folds.replace(",", ", ")
-    titles = {"random": "random split", "speaker": f"fold{'s' * (',' in folds)} {folds}"}
+    titles = dict.fromkeys(BY_SPEAKER, f"fold{'s' * (',' in folds)} {folds}") | {"random": "random split"}
     return titles.get(corpus.split, "split of the manifest")
 
 
@@ -4222,6 +4255,8 @@ def describe_split(clips, corpus, run):
     splits = clips.groupby("actor")["split"].nunique()
     shared = sum(splits.drop("", errors="ignore") > 1)
     other = clips["emotion"] != clips.get("sentence_emotion", clips["emotion"])
+    why = {"text": f"other sentences than {run.split}", "half": "every other one"}.get(
+        corpus.split, "since the bytes occur in an earlier split")
     left, parts = len(corpus.clips) - len(clips), [span for span in clips.get("span", []) if span != WHOLE]
     texts += holding({
         f"{plural(len(parts), 'segment')} of files": parts,
@@ -4229,7 +4264,7 @@ def describe_split(clips, corpus, run):
         f"{plural(shared, 'actor')} in several splits": shared,
         f"{other.mean():.1%} of the clips with a sentence of another emotion ({run.sentence_noise:.1%} dealt "
         "anew)": other.any(),
-        f"{plural(left, 'clip')} left out, since the bytes occur in an earlier split": left})
+        f"{plural(left, 'clip')} left out, {why}": left})
     return f"{title_of_split(corpus, run).capitalize()}: {'; '.join(texts)}."
 
 
@@ -4375,7 +4410,7 @@ def write_results(cfg, corpus, lacking, table, histories, **facts):
         "classes": classes_of(corpus.clips),
         "titles": titles,
         "oracles": oracles,
-        "unseen_actors": unseen_actors(corpus.clips) if corpus.split == "speaker" else [],
+        "unseen_actors": unseen_actors(corpus.clips) if corpus.split in BY_SPEAKER else [],
         "not_run": missing,
         **facts,
     }, predictions=table, histories=histories)
@@ -4418,6 +4453,9 @@ def train_phase(cfg):
     # First the splits of all runs: a fold that cannot be ends it here.
     refuse_gaps(corpus, runs_of(cfg))
     clips_of = {run: add_transcripts(split_clips(corpus, run), corpus, run) for run in runs_of(cfg)}
+    if cfg.only_run:
+        train_only(cfg, clips_of, names, corpus, device)
+        return
     audit = write_data(corpus, clips_of, cfg)
     if cfg.phase == "data":
         return
@@ -4430,6 +4468,13 @@ def train_phase(cfg):
     write_results(cfg, corpus, lacking, **results_of(trained, clips_of), audit=audit, command=command_of(cfg))
 
 
+def train_only(cfg, clips_of, names, corpus, device):
+    """Train the run ONLY_RUN; what it says stands in its log.txt."""
+    run = list(clips_of)[cfg.only_run - 1]
+    with Path(run.output_dir, "log.txt").open("w") as log, contextlib.redirect_stdout(log):
+        train_run(run, names, clips_of[run], corpus, device)
+
+
 def results_of(trained, clips_of):
     """The table of predictions, histories, caveats, calibration by run and key of the encoder of runs."""
     # A system that some run lacks would be compared on other clips than the others.
@@ -4437,14 +4482,14 @@ def results_of(trained, clips_of):
     tables, histories, calibration, caveats = [], [], {}, []
     for run, checkpoints in trained.items():
         checkpoints = {name: checkpoints[name] for name in checkpoints if name in everywhere}
-        key, clips = {"fold": run.fold, "seed": run.seed}, clips_of[run]
+        key, clips, folder = {"fold": run.fold, "seed": run.seed}, clips_of[run], Path(run.output_dir).name
         caveats += caveats_of_models(checkpoints)
         windows, log_probs, _ = log_probs_of(checkpoints)
-        calibration[str(key)] = calibrate(checkpoints, run)
-        answers = predict(log_probs, windows, calibration[str(key)], run)
+        calibration[folder] = calibrate(checkpoints, run)
+        answers = predict(log_probs, windows, calibration[folder], run)
         tables.append(predictions_table(answers, clips, classes_of(clips), **key))
         for name, checkpoint in checkpoints.items():
-            facts = {"system": name, "parameters": parameters_of(checkpoint), **key}
+            facts = {"system": name, "parameters": parameters_of(checkpoint), "run": folder, **key}
             histories.append(pd.DataFrame(checkpoint.history).assign(**facts))
     return {
         "table": with_ensembles(pd.concat(tables, ignore_index=True), classes_of(clips)),
@@ -4552,13 +4597,16 @@ def elsewhere(predictor, corpus):
 @contextlib.contextmanager
 def locked(cfg):
     """Keep other runs out of all folders that this one writes to, until it ends or is killed."""
-    folders = {cfg.output_dir, *(run.output_dir for run in runs_of(cfg))}
+    ours, wait = [run.output_dir for run in runs_of(cfg)], 0
+    folders = {cfg.output_dir, *ours}
+    if cfg.only_run:  # whoever is at work on it does what is asked for
+        folders, wait = {ours[cfg.only_run - 1]}, -1
     if cfg.phase in ("report", "evaluate"):  # which make no folder when there is nothing to read
         folders = {folder for folder in folders if Path(folder).exists()}
     with contextlib.ExitStack() as locks:
         for folder in sorted(folders):
             try:
-                locks.enter_context(filelock.FileLock(Path(folder, ".run.lock"), timeout=0))
+                locks.enter_context(filelock.FileLock(Path(folder, ".run.lock"), timeout=wait))
             except filelock.Timeout:
                 raise UserError(f"another run is at work in {folder}: wait until it ends or name another "
                                 "--output-dir") from None
