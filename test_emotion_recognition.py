@@ -26,6 +26,7 @@ import resource
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -4573,6 +4574,202 @@ def test_robustness_errors_are_one_sentence_with_exit_code_2(argv, problem, copi
     assert stop.value.code == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith(f"error: {problem}")
+
+
+# %% A page to speak to, archive/page.py
+PAGE = SCRIPT.parent / "archive/page.py"
+NOTHING = (None, None, None)  # no bars, no words, no plot
+
+
+@pytest.fixture(scope="session")
+def speaking():
+    """The companion that serves the page."""
+    return companion(PAGE)
+
+
+@pytest.fixture
+def sent(speaking, listener):
+    """Answers samples as if they had been sent to the page, and sees that they are not kept."""
+    def answer(samples, rate=RATE):
+        path = written("upload.wav", samples, rate)
+        shown = speaking.answer(str(path), listener)
+        assert not path.exists()
+        return shown
+    return answer
+
+
+def test_page_shows_what_the_predictor_answers(sent, listener):
+    for emotion in ("angry", "calm"):
+        samples = joined(emotion)
+        verdict, bars, words, plot = sent(samples)
+        assert verdict.startswith(f"## {emotion}\nAudioCNN. Speech: level, which moves by ")
+        first = listener.predict(samples, RATE).iloc[0]
+        assert bars == pytest.approx(first[["angry", "calm"]].to_dict(), abs=1e-3)  # 16 bits in the file
+        assert (words, plot) == (None, None)
+
+
+def test_page_says_unsure(sent, listener, monkeypatch):
+    monkeypatch.setattr(listener, "thresholds", {"cnn": 1.1})
+    verdict, bars, *_ = sent(joined("angry"))
+    assert verdict.startswith("## unsure, perhaps angry\n")
+    assert bars["angry"] > 0.5
+
+
+def test_page_shows_no_bars_where_nobody_speaks(sent):
+    assert sent(np.zeros(3 * RATE)) == ("## no speech\nsilent", *NOTHING)
+    verdict, *others = sent(0.1 * np.random.default_rng(0).standard_normal(3 * RATE))
+    assert verdict.startswith("## no speech\nMusic or noise? level")
+    assert tuple(others) == NOTHING
+
+
+@pytest.mark.parametrize(("heard", "words"), [("It is angry.", "It is angry."), ("", None)])
+def test_page_shows_the_words_that_whisper_hears(heard, words, sent, listener, monkeypatch):
+    monkeypatch.setattr(listener, "has_whisper", True)
+    monkeypatch.setattr(er.Predictor, "gate", lambda *_: (True, "Whisper"))
+    monkeypatch.setattr(er, "transcript_of", lambda *_: heard)
+    verdict, _, shown, _ = sent(joined("angry"))
+    assert verdict.startswith("## angry\nAudioCNN. Speech: Whisper")
+    assert shown == words
+
+
+def test_page_draws_emotion_over_time(sent, listener):
+    *_, plot = sent(joined(*["angry"] * 4, *["calm"] * 4))
+    (axis,), (legend,) = plot.axes, plot.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["calm", "angry"]
+    calm, _ = axis.collections  # the lower of two stacked areas: its height is its probability
+    seconds, height = calm.get_paths()[0].vertices.T
+    middle = seconds.mean()
+    assert height[seconds < middle - 3].max() < 0.2
+    assert height[seconds > middle + 3].max() > 0.8
+
+
+@pytest.mark.parametrize(("content", "reason"), [
+    (b"", "not readable: it is empty"),
+    (b"no sound here", "not readable (Format not recognised.)"),
+    (b"RIFF\xff\xff\0\0WAVEfmt ", "cut off: less data than its header says"),
+])
+def test_page_says_why_an_upload_cannot_be_used_and_deletes_it(content, reason, speaking, listener):
+    path = Path("upload.wav")
+    path.write_bytes(content)
+    assert speaking.answer(str(path), listener) == (
+        f"## no answer\nThis recording cannot be used: {reason}.", *NOTHING)
+    assert not path.exists()
+
+
+def test_page_hears_five_minutes_and_no_more(sent, listener, monkeypatch):
+    monkeypatch.setattr(listener, "hear", lambda *_, **__: 1 / 0)  # comes after the length
+    verdict, *_ = sent(tone(301, 1000), 1000)
+    assert verdict == "## no answer\nThis recording cannot be used: it is longer than 5 minutes."
+    verdict, *_ = sent(tone(300, 1000), 1000)
+    assert verdict == "## no answer\nThis recording cannot be used: division by zero."
+
+
+def test_page_is_empty_once_a_recording_is_taken_away(speaking, listener):
+    assert speaking.answer(None, listener) == (None, *NOTHING)
+
+
+@pytest.fixture
+def opened(speaking, learned, monkeypatch, tmp_path):
+    """Opens the page, calls a function with it and its address while it is there, and closes it."""
+    gradio = pytest.importorskip("gradio")
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
+    monkeypatch.setattr(speaking, "LARGEST", "200 KB")
+
+    def visit(use):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            _, port = free.getsockname()
+        monkeypatch.setattr(gradio.Blocks, "block_thread", lambda page: use(page, f"http://127.0.0.1:{port}"))
+        speaking.main(["--output-dir", str(learned / "outputs"), "--port", str(port)])
+    return visit
+
+
+def stored():
+    """The recordings that the page has stored."""
+    return list(Path("uploads").rglob("*.wav"))
+
+
+def test_page_is_for_this_machine_alone_and_keeps_no_recording(opened, capsys):
+    client = pytest.importorskip("gradio_client")
+    path = written("angry.wav", joined("angry"))
+
+    def use(page, address):
+        assert page.server.config.host == "127.0.0.1"
+        assert (page.share, page.run_history, page.analytics_enabled) == (False, False, False)
+        visitor = client.Client(address, verbose=False)
+        verdict, bars, *others = visitor.predict(client.handle_file(path), api_name="/answer")
+        assert verdict["value"].startswith("## angry\n")
+        assert bars["value"]["label"] == "angry"
+        assert [shown["visible"] for shown in (verdict, bars, *others)] == [True, True, False, False]
+        assert not stored()
+
+    opened(use)
+    assert path.exists()  # the visitor's own
+    assert re.fullmatch(r"http://127.0.0.1:\d+/ \(Ctrl-C ends it\)\n", capsys.readouterr().out)
+
+
+def test_page_refuses_what_is_large_and_files_of_the_machine(opened):
+    httpx = pytest.importorskip("httpx")
+    own = written("own.wav", joined("angry"))
+
+    def use(page, address):
+        def send(content):
+            return httpx.post(f"{address}/gradio_api/upload", files={"files": ("a.wav", content)})
+        assert send(bytes(300_000)).status_code == 413
+        assert not stored()
+        assert send(own.read_bytes()).status_code == 200
+        assert stored()  # nobody asks for an answer: it goes when the page is closed
+
+        file = {"path": str(own.absolute()), "meta": {"_type": "gradio.FileData"}}
+        event = httpx.post(f"{address}/gradio_api/call/answer", json={"data": [file]}).json()["event_id"]
+        assert httpx.get(f"{address}/gradio_api/call/answer/{event}").text.startswith("event: error")
+
+    opened(use)
+    assert own.exists()
+    assert not stored()
+
+
+def page_error(speaking, capsys, *argv):
+    """The sentence with which the page ends, with exit code 2."""
+    with pytest.raises(SystemExit) as stop:
+        er.run_script(speaking.main, argv)
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    return line
+
+
+@pytest.mark.parametrize(("argv", "problem"), [
+    (["--port", "0"], "--port 0 is not from 1 to 65535"),
+    (["--port", "http"], "argument --port: invalid int value: 'http'"),
+    (["--shar"], "unrecognized arguments: --shar"),
+    (["--input", "a.wav", "--no-json"], "a page has no use for --input=a.wav --no-json: leave it out"),
+    (["--epochs-cnn", "1"], "a page has no use for --epochs-cnn=1: leave it out"),
+])
+def test_page_flags_that_cannot_be_are_one_sentence(argv, problem, speaking, capsys):
+    assert page_error(speaking, capsys, *argv).startswith(f"error: {problem}")
+
+
+def test_page_without_models_is_one_sentence(speaking, capsys):
+    pytest.importorskip("gradio")
+    assert page_error(speaking, capsys, "--output-dir", "nowhere").startswith(
+        "error: nowhere holds no trained model")
+
+
+def test_page_names_the_port_that_is_in_use(speaking, learned, monkeypatch, capsys):
+    monkeypatch.setattr(pytest.importorskip("gradio").Blocks, "block_thread", lambda page: None)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        _, port = other.getsockname()
+        line = page_error(speaking, capsys, "--output-dir", str(learned / "outputs"), "--port", str(port))
+    assert line.startswith(f"error: --port {port} of --host 127.0.0.1 is in use or cannot be had")
+    assert line.endswith(": name another")
+
+
+@pytest.mark.parametrize(("gradio", "problem"), [
+    (None, r"gradio does not load .*: pip install gradio"),
+    (SimpleNamespace(Blocks=None, __version__="5.49.1"), r"gradio 5\.49\.1 .*: pip install -U gradio"),
+])
+def test_page_names_the_gradio_that_it_needs(gradio, problem, speaking, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "gradio", gradio)
+    assert re.fullmatch(f"error: {problem}", page_error(speaking, capsys))
 
 
 # %% Prediction on one's own recordings
