@@ -4771,6 +4771,222 @@ def test_page_names_the_gradio_that_it_needs(gradio, problem, speaking, monkeypa
     monkeypatch.setitem(sys.modules, "gradio", gradio)
     assert re.fullmatch(f"error: {problem}", page_error(speaking, capsys))
 
+# %% AudioCNN as ONNX, archive/export.py
+EXPORT = SCRIPT.parent / "archive/export.py"
+
+
+@pytest.fixture(scope="session")
+def exporter():
+    return companion(EXPORT)
+
+
+@pytest.fixture
+def hearing(finished):
+    """The Predictor of the finished demo, to which everything is speech."""
+    predictor = er.Predictor(finished / OUTPUT)
+    predictor.gate = lambda *heard: (True, "")
+    return predictor
+
+
+@pytest.fixture(scope="session")
+def exported(exporter, finished, tmp_path_factory):
+    """(onnxruntime's session of the AudioCNN of the finished demo, its folder, what was printed)."""
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    folder, printed = tmp_path_factory.mktemp("exported"), io.StringIO()
+    shutil.copy(place_of("cnn", finished / OUTPUT), folder)
+    with contextlib.redirect_stdout(printed):
+        exporter.main(["--output-dir", str(folder)])
+    return runtime.InferenceSession(folder / "AudioCNN.onnx"), folder, printed.getvalue()
+
+
+@pytest.fixture
+def quick(exporter, copied, monkeypatch):
+    """Nothing is exported, and no package for ONNX is needed: the file holds a word."""
+    model = SimpleNamespace(metadata_props={}, doc_string="")
+    program = SimpleNamespace(model=model, save=lambda path: Path(path).write_text("exported"))
+    monkeypatch.setattr(torch.onnx, "export", lambda *args, **options: program)
+    monkeypatch.setitem(sys.modules, "onnxscript", SimpleNamespace(__name__="onnxscript"))
+    monkeypatch.setattr(exporter, "largest_difference", lambda path, predictor: 0.0)
+    return model
+
+
+VOICES = {  # samples at a rate
+    "short": lambda rate: er.synthesize("fearful", 1, np.random.default_rng(1), rate),
+    "long": lambda rate: np.tile(speech(rate), 4),
+    "pause": lambda rate: np.concatenate([speech(rate), 1e-4 * tone(2, rate), speech(rate)]),
+    "soft, then loud": lambda rate: np.concatenate([0.05 * np.tile(speech(rate), 2), speech(rate)]),
+    "faint": lambda rate: 1e-3 * speech(rate)[rate // 7:],
+    "noisy": lambda rate: speech(rate) + np.random.default_rng(2).normal(0, 0.02, len(speech(rate))),
+}
+
+
+def prepared(name, predictor):
+    """(samples (n,) as the exported network takes them, the probabilities (C,) that Predictor gives them)."""
+    rate = predictor.cfg.sampling_rate
+    voice = VOICES[name](rate).astype(np.float32)
+    samples, _ = er.load_samples(voice, predictor.cfg, rate)
+    table = predictor.predict(voice, rate)
+    return samples, table.loc["AudioCNN", predictor.classes].to_numpy(float)
+
+
+@pytest.mark.parametrize("name", VOICES)
+def test_the_exported_network_answers_as_predictor(name, exported, hearing):
+    session, *_ = exported
+    samples, answer = prepared(name, hearing)
+    (probabilities,) = session.run(["probabilities"], {"samples": samples[None]})
+    assert abs(probabilities - answer).max() < 1e-4
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_recordings_of_a_batch_do_not_change_each_others_answer(size, exported, hearing):
+    session, *_ = exported
+    samples, answer = prepared("noisy", hearing)
+    others = np.random.default_rng(0).normal(size=(size, len(samples)))
+    batch = np.concatenate([others, samples[None]]).astype(np.float32)
+    (probabilities,) = session.run(None, {"samples": batch})
+    assert probabilities.shape == (size + 1, 8)
+    assert probabilities.sum(axis=1) == pytest.approx(1, abs=1e-5)
+    assert abs(probabilities[-1] - answer).max() < 1e-4
+    assert abs(probabilities[0] - answer).max() > 1e-3
+
+
+@pytest.mark.parametrize("samples", [np.zeros(4096), tone(0.3, RATE), 1e4 * speech()])
+def test_the_exported_network_has_an_answer_to_whatever_it_hears(samples, exported):
+    session, *_ = exported
+    (probabilities,) = session.run(None, {"samples": np.float32([samples])})
+    assert probabilities.sum() == pytest.approx(1, abs=1e-5)
+
+
+def test_the_exported_file_says_what_a_program_must_know(exported, hearing):
+    session, folder, printed = exported
+    assert sorted(path.name for path in folder.iterdir()) == ["AudioCNN.onnx", "AudioCNN_best.pth"]
+    meta = session.get_modelmeta()
+    assert printed.startswith(f"{folder}/AudioCNN.onnx: largest difference to Predictor ")
+    assert meta.description in printed
+    assert "mono at 16000 Hz, 4096 and more" in meta.description
+
+    facts = meta.custom_metadata_map
+    assert json.loads(facts["classes"]) == er.EMOTIONS
+    assert float(facts["temperature"]) == hearing.calibration["cnn"]
+    assert facts["sampling_rate"] == "16000"
+    assert facts["caveats"] == "; ".join(hearing.checkpoints["cnn"].caveats)
+    assert facts["version"].startswith(f"{er.__version__}, training ")
+    (given,), (returned,) = session.get_inputs(), session.get_outputs()
+    assert (given.name, given.type, given.shape) == ("samples", "tensor(float)", ["recordings", "length"])
+    assert (returned.name, returned.shape) == ("probabilities", ["recordings", 8])
+
+
+def test_the_lines_that_the_exported_file_holds_ask_it(exported, hearing, monkeypatch):
+    import onnxruntime
+    import scipy
+    session, folder, _ = exported
+    monkeypatch.chdir(folder)
+    *_, lines = session.get_modelmeta().description.split("\n\n")
+    known = {"onnxruntime": onnxruntime, "json": json, "scipy": scipy, "np": np, "samples": speech()}
+    exec(lines, known)
+    table = hearing.predict(speech(), RATE)
+    assert abs(known["answer"] - table.loc["AudioCNN", er.EMOTIONS].to_numpy(float)).max() < 1e-4
+
+
+@pytest.mark.parametrize("changes", [
+    {},
+    {"sampling_rate": 8000, "n_mels": 40, "hop_length": 100, "n_fft": 512},
+    {"sampling_rate": 22050, "hop_length": 300, "n_fft": 1000, "trim_db": 20.0, "clip_seconds": 1.5},
+    {"test_views": 1},
+])
+def test_the_network_from_samples_hears_as_predictor_under_any_settings(changes, exporter, hearing):
+    hearing.cfg = hearing.cfg._replace(**changes)
+    network = exporter.FromSamples(hearing).eval()
+    for name in VOICES:
+        samples, answer = prepared(name, hearing)
+        with torch.inference_mode():
+            probabilities = network(torch.from_numpy(samples)[None])
+        assert abs(probabilities.numpy() - answer).max() < 1e-4, name
+
+
+@pytest.mark.parametrize(("settings", "licence"), [
+    ({"demo": True}, "that of its corpus"),
+    ({"demo": False, "manifest": "m.csv"}, "that of its corpus"),
+    ({"demo": False}, "CC BY-NC-SA 4.0, as RAVDESS"),
+])
+def test_the_exported_file_names_the_licence_of_ravdess_where_it_was_trained_on_it(
+        settings, licence, exporter, quick, hearing):
+    hearing.cfg = hearing.cfg._replace(**settings)
+    exporter.export(hearing)
+    assert quick.metadata_props["licence"] == licence
+
+
+OLD_RUNTIME = SimpleNamespace(__name__="onnxruntime", __version__="1.2", InferenceSession=Path)  # cannot run
+
+
+@pytest.mark.parametrize(("runtime", "problem"), [
+    (None, "onnxruntime does not load beside torch"),
+    (OLD_RUNTIME, "onnxruntime 1.2 cannot read the file"),
+])
+def test_with_no_or_an_old_onnxruntime_the_file_is_written_and_not_compared(
+        runtime, problem, quick, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "onnxruntime", runtime)
+    companion(EXPORT).main(["--demo"])
+    assert Path(OUTPUT, "AudioCNN.onnx").read_text() == "exported"
+    (warning,) = capsys.readouterr().err.strip().splitlines()
+    assert warning.startswith(f"warning: {problem}")
+    assert "pip install --upgrade onnxscript onnxruntime" in warning
+
+
+def test_a_file_that_would_answer_otherwise_is_not_left_behind(exporter, quick, monkeypatch):
+    before = contents(OUTPUT)
+    monkeypatch.setattr(exporter, "largest_difference", lambda path, predictor: 0.3)
+    with pytest.raises(er.UserError, match=r"AudioCNN\.onnx would answer otherwise, by up to 0\.3: pip"):
+        exporter.main(["--demo"])
+    assert contents(OUTPUT) == before
+
+
+def without_onnxscript(monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+
+
+def without_audio_cnn(monkeypatch):
+    place_of("cnn").unlink()
+
+
+def with_a_broken_audio_cnn(monkeypatch):
+    cut(place_of("cnn"), 1000)
+
+
+def with_a_folder_in_the_way(monkeypatch):
+    Path(OUTPUT, "AudioCNN.onnx").mkdir()
+    monkeypatch.setattr(er, "only_warning", lambda *_, **__: contextlib.suppress(er.UserError))
+
+
+def with_another_exporter(monkeypatch):
+    monkeypatch.setattr(torch.onnx, "export", lambda *args: None)  # which knows no options
+
+
+@pytest.mark.parametrize(("argv", "case", "problem"), [
+    (["--output-dir", "nowhere"], None, "nowhere holds no trained model: train with --phase all"),
+    ([], None, "outputs holds no trained model"),
+    (["--demo"], without_audio_cnn, "outputs/demo holds no AudioCNN, .*: train it with --run-models cnn"),
+    (["--demo"], with_a_broken_audio_cnn, "outputs/demo/AudioCNN_best.pth is not a usable checkpoint"),
+    (["--demo"], with_a_folder_in_the_way, "outputs/demo/AudioCNN.onnx cannot be written"),
+    (["--demo"], without_onnxscript, "onnxscript does not load .*: pip install --upgrade onnxscript"),
+    (["--demo"], with_another_exporter, "torch .* and onnxscript do not fit: pip install"),
+    (["--output-dri", "x"], None, "unrecognized arguments: --output-dri x .*--output-dir"),
+    (["--epochs-cnn", "3"], None, ".* has no use for --epochs-cnn=3: leave it out"),
+])
+def test_export_errors_are_one_sentence_with_exit_code_2(argv, case, problem, quick, monkeypatch, capsys):
+    if case:
+        case(monkeypatch)
+    before = contents(OUTPUT)
+    monkeypatch.setattr(sys, "argv", ["export.py", *argv])
+    source = compile(EXPORT.read_text(encoding="utf-8"), str(EXPORT), "exec")
+    with pytest.raises(SystemExit) as stop:
+        exec(source, {"__name__": "__main__", "__file__": str(EXPORT)})
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert re.match(f"error: {problem}", line)
+    assert contents(OUTPUT) == before
+
 
 # %% Prediction on one's own recordings
 ANSWER = ["recording", "error", "model", "predicted", "unsure", *er.EMOTIONS]
