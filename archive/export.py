@@ -23,7 +23,7 @@ ABOUT = """\
 In: samples, float32 (recordings, length), mono at {cfg.sampling_rate} Hz, {least} and more, at any level, run
 through the high-pass. Out: probabilities, float32 (recordings, classes); metadata name the classes.
 Trimming, pauses, log-mels, views and temperature are inside. Of what is said the middle is heard: cut what
-is longer than {er.LONGEST:g} s, of which Predictor averages windows. Silence, music, noise have an answer too.
+is longer than {er.LONGEST:g} s, of which Predictor averages windows. Silence and noise have an answer too.
 
 session = onnxruntime.InferenceSession("AudioCNN.onnx")
 sos = json.loads(session.get_modelmeta().custom_metadata_map["high_pass"])
