@@ -4771,6 +4771,7 @@ def test_page_names_the_gradio_that_it_needs(gradio, problem, speaking, monkeypa
     monkeypatch.setitem(sys.modules, "gradio", gradio)
     assert re.fullmatch(f"error: {problem}", page_error(speaking, capsys))
 
+
 # %% AudioCNN as ONNX, archive/export.py
 EXPORT = SCRIPT.parent / "archive/export.py"
 

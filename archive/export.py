@@ -62,7 +62,7 @@ class FromSamples(torch.nn.Module):
         loud = (near >= top - trim) & (steady >= faint) & (steady >= noise)
         place = torch.arange(level.shape[0])[:, None]
         first, last = torch.where(loud, place, place[-1]).amin(dim=0), (loud * place).amax(dim=0)
-        kept = around(loud, round(second / 2)).any(dim=1)
+        kept = around(loud, round(second / 4)).any(dim=1)
         return kept & (place >= first - 0.05 * second) & (place <= last + 0.1 * second), top
 
     def read(self, mel, kept, speed, tempo):
