@@ -5024,6 +5024,268 @@ def test_export_errors_are_one_sentence_with_exit_code_2(argv, case, problem, qu
     assert contents(OUTPUT) == before
 
 
+# %% The search, archive/tune.py
+TUNE = SCRIPT.parent / "archive/tune.py"
+TUNED = OUTPUT.parent / "tune_rnn"
+
+
+@pytest.fixture(scope="session")
+def tune():
+    pytest.importorskip("optuna")
+    return companion(TUNE)
+
+
+@pytest.fixture
+def search(tune, heard, undrawn):
+    """A search for TextRNN's settings by flags, over two folds of the demo's corpus in one epoch."""
+    return lambda trials, *flags: tune.main(
+        ["--models", "rnn", "--trials", str(trials), "--", *TINY, "--folds", "0,1", *heard, *flags])
+
+
+@pytest.fixture
+def untrained(monkeypatch):
+    """Nothing is trained: NLL is least near a dropout of 0.25, and fold 1 is harder. The runs asked for."""
+    runs, classes = [], len(er.EMOTIONS)
+
+    def logits_of(run, labels):
+        sharpness = 3 - 4 * abs(run.dropout - 0.25) - run.fold
+        noise = torch.randn(len(labels), classes, generator=torch.Generator().manual_seed(run.fold))
+        return noise + sharpness * F.one_hot(labels, classes)
+
+    def train(kind, parts, clips, run, device, state, fingerprint):
+        runs.append(run)
+        validation = SimpleNamespace(labels=torch.arange(64) % classes)
+        for _ in range(run.epochs_rnn):
+            er.logits_of(run, validation)
+        return run, []
+
+    def infer(run, windows, *_):
+        return logits_of(run, torch.tensor(windows["emotion"].cat.codes.tolist()))[None]
+
+    monkeypatch.setattr(er, "train", train)
+    monkeypatch.setattr(er, "infer", infer)
+    monkeypatch.setattr(er, "logits_of", lambda run, validation: logits_of(run, validation.labels))
+    return runs
+
+
+def trials_of(folder=TUNED):
+    return pd.read_csv(folder / "trials.csv")
+
+
+@pytest.mark.parametrize("name", ["cnn", "rnn", "speech"])
+def test_a_search_begins_with_the_validation_figures_of_a_run_and_hears_no_test_clip(
+        name, tune, finished, demo, heard, undrawn, monkeypatch):
+    seen, start = set(), er.ClipDataset.__init__
+
+    def watched(self, clips, *rest, **options):
+        seen.update(clips["clip"])
+        start(self, clips, *rest, **options)
+
+    def train(kind, parts, clips, *rest):
+        assert set(clips["split"]) == {"train", "validation"}
+        return TRAIN(kind, parts, clips, *rest)
+
+    TRAIN = er.train
+    monkeypatch.setattr(er, "train", train)
+    monkeypatch.setattr(er.ClipDataset, "__init__", watched)
+    whisper = f"--whisper-model={finished / DEMO_WHISPER}"
+    tune.main(["--models", name, "--trials", "1", "--", *TINY, *heard, whisper])
+    folder = OUTPUT.parent / f"tune_{name}"
+    (trial,) = trials_of(folder).to_dict("records")
+    expected = figures(finished / OUTPUT, split="validation")[name]
+    assert trial["state"] == "COMPLETE"
+    assert trial["uar"] == trial["uar_fold_0"] == pytest.approx(expected["uar"], abs=1e-6)
+    assert trial["nll"] == trial["nll_fold_0"] == pytest.approx(expected["nll"], abs=1e-4)
+    _, clips = demo
+    assert seen == set(clips.query("split != 'test'")["clip"])
+
+
+def test_a_search_finds_better_settings_and_the_command_that_has_them(search, untrained, capsys):
+    search(15)
+    table, best = trials_of(), read_json(TUNED / "best.json")
+    assert best["number"] > 0
+    assert list(table["number"]) == list(range(15))
+    assert list(table["present"].notna()) == [True] + [False] * 14
+    present = er.parse_settings(TINY)
+    assert f"--dropout={present.dropout} " in table["flags"][0]
+    done = table[table["state"] == "COMPLETE"]
+    assert np.allclose(done["nll"], done[["nll_fold_0", "nll_fold_1"]].mean(axis=1), atol=1e-6)
+    assert np.allclose(done["uar"], done[["uar_fold_0", "uar_fold_1"]].mean(axis=1), atol=1e-6)
+    winner = done.loc[done["nll"].idxmin()]
+    assert (best["number"], best["flags"]) == (winner["number"], winner["flags"])
+
+    printed = capsys.readouterr().out.strip().splitlines()
+    assert printed[-1] == best["command"]
+    program, script, *flags = shlex.split(best["command"])
+    assert (program, script) == ("python", "emotion_recognition.py")
+    again = er.parse_settings(flags)
+    assert again.run_models == "rnn"
+    run = next(run for run in untrained if f"--dropout={run.dropout} " in winner["flags"])
+    for key in ("dropout", "learning_rate_rnn", "ema_decay", "batch_size", "word_dropout", "folds"):
+        expected = "0,1" if key == "folds" else getattr(run, key)
+        assert getattr(again, key) == expected
+
+
+def test_what_half_of_the_folds_cannot_tell_is_measured_on_the_others(tune, undrawn, monkeypatch, tmp_path):
+    columns = {"number": [0, 1, 2], "state": ["COMPLETE"] * 3, "value": [2.0, 1.5, 1.75],
+               "user_attrs_flags": list("abc"), "user_attrs_present": [True, None, None],
+               "user_attrs_nll_fold_0": [2.0, 1.0, 1.5], "user_attrs_nll_fold_1": [2.0, 2.0, 2.0],
+               "user_attrs_nll_fold_2": [2.0, 1.5, 1.0], "user_attrs_uar_fold_0": [0.5] * 3}
+    study = SimpleNamespace(trials_dataframe=lambda attributes: pd.DataFrame(columns))
+    monkeypatch.setattr("optuna.visualization.matplotlib.plot_optimization_history", lambda *_, **__: None)
+    monkeypatch.setattr("optuna.visualization.matplotlib.plot_param_importances", lambda *_, **__: None)
+    tune.conclude(study, tmp_path, "python", ())
+    # Folds 0 and 1 choose b, 0.5 above c on fold 2; 1 and 2 choose c, 0.5 above b on 0; on 1 all are alike.
+    found = read_json(tmp_path / "best.json")
+    assert found["command"] == "python b"
+    assert "+0.333 NLL against the best there, and -0.333 against the present ones" in found["gap"]
+
+
+def test_the_same_search_has_the_same_trials_and_goes_on_where_it_was(search, untrained, monkeypatch):
+    search(6)
+    whole = trials_of()
+    assert len(untrained) >= 7
+    search(6)
+    pd.testing.assert_frame_equal(trials_of(), whole)
+    search(6, "--output-dir=again")
+    pd.testing.assert_frame_equal(trials_of(Path("again/tune_rnn")), whole)
+
+    asked = len(untrained)
+    search(7)
+    assert asked < len(untrained) <= asked + 2
+    pd.testing.assert_frame_equal(trials_of()[:6], whole)
+    assert trials_of()["flags"].nunique() == 7
+
+
+def test_a_search_that_is_stopped_keeps_what_is_finished(search, untrained, monkeypatch):
+    with monkeypatch.context() as patch:
+        interrupt(patch, er, "train", 4)
+        with pytest.raises(KeyboardInterrupt):
+            search(3)
+    assert list(trials_of()["state"]) == ["COMPLETE", "FAIL"]
+    assert trials_of()["nll"].notna().tolist() == [True, False]
+    search(3)
+    assert list(trials_of()["state"]) == ["COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
+
+
+def test_present_settings_that_were_stopped_are_tried_again(search, untrained, monkeypatch):
+    with monkeypatch.context() as patch:
+        interrupt(patch, er, "train", 1)
+        with pytest.raises(er.UserError, match="no trial was completed"):
+            search(2)
+    search(2)
+    table = trials_of()
+    assert list(table["state"]) == ["FAIL", "COMPLETE", "COMPLETE"]
+    assert table["flags"][0] == table["flags"][1]
+
+
+def test_trials_whose_epochs_are_worse_than_the_median_end_early(search, untrained, monkeypatch):
+    reported, logits_of = [], er.logits_of
+
+    def counted(run, validation):
+        reported.append(run)
+        return logits_of(run, validation)
+
+    monkeypatch.setattr(er, "logits_of", counted)
+    search(12, "--epochs-rnn=6")
+    table = trials_of()
+    assert set(table["state"][:5]) == {"COMPLETE"}
+    assert set(table["state"]) == {"COMPLETE", "PRUNED"}
+    pruned = table[table["state"] == "PRUNED"]
+    assert list(pruned["pruned"]) == [f"NLL {nll:.3f}, worse than the median" for nll in pruned["nll"]]
+    assert pruned["uar"].isna().all()
+    assert len(reported) < 12 * 2 * 6
+    # The first third of the epochs decides nothing.
+    for flags in pruned["flags"]:
+        assert sum(f"--dropout={run.dropout} " in flags for run in reported) >= 3
+
+
+def test_a_trial_that_diverges_is_pruned_with_its_reason_and_the_search_goes_on(tune, search, monkeypatch):
+    monkeypatch.setattr(tune, "RANGES", {"learning_rate_rnn": dict(low=1e32, high=1e33, log=True)})
+    search(3, "--batch-size=4")
+    table = trials_of()
+    assert list(table["state"]) == ["COMPLETE", "PRUNED", "PRUNED"]
+    assert set(table["pruned"][1:]) == {"the training loss is nan in epoch 1: lower --learning-rate-rnn"}
+
+
+def test_a_search_without_any_complete_trial_says_where_the_reasons_are(search, untrained, monkeypatch):
+    def train(*_):
+        raise er.UserError("the training loss is nan")
+
+    monkeypatch.setattr(er, "train", train)
+    with pytest.raises(er.UserError, match=rf"no trial was completed, {TUNED}/trials\.csv has the reasons"):
+        search(2)
+    assert list(trials_of()["pruned"]) == ["the training loss is nan"] * 2
+
+
+def test_a_setting_among_the_flags_is_not_searched(search, untrained):
+    search(3, "--dropout=0.25")
+    assert {run.dropout for run in untrained} == {0.25}
+    assert not trials_of()["flags"].str.contains("--dropout=").any()
+
+
+OTHER_SEARCHES = {  # flags: what has changed
+    "--folds=0,2": "folds 0,1 -> 0,2",
+    "--dropout=0.25": "dropout 0.4 -> 0.25, ranges changed",
+    "--seed=7": "seed 42 -> 7",
+    "--epochs-rnn=2": "epochs_rnn 1 -> 2",
+}
+
+
+@pytest.mark.parametrize("flag", OTHER_SEARCHES)
+def test_a_search_does_not_go_on_with_the_trials_of_another(flag, search, untrained):
+    search(1)
+    before = trials_of()
+    with pytest.raises(er.UserError, match=r"trials.journal is of another search \(.*"
+                       + re.escape(OTHER_SEARCHES[flag]) + r".*\): move it or name another --output-dir"):
+        search(2, flag)
+    pd.testing.assert_frame_equal(trials_of(), before)
+    search(2)
+    assert len(trials_of()) == 2
+
+
+def test_a_journal_of_something_else_is_named(search, untrained):
+    er.save(TUNED / "trials.journal", b"clip,emotion\na.wav,sad\n")
+    with pytest.raises(er.UserError, match=r"trials.journal .*not readable.* move it or name another"):
+        search(1)
+    assert untrained == []
+
+
+def test_a_search_is_drawn(tune, heard, untrained):
+    tune.main(["--models", "rnn", "--trials", "3", "--", *TINY, *heard])
+    for name in ("plot_optimization_history.png", "plot_param_importances.png"):
+        assert (TUNED / name).stat().st_size > 5000
+    assert read_json(TUNED / "best.json")["gap"] == ""  # a single fold
+
+
+def test_a_search_without_optuna_says_how_to_install_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "optuna.storages.journal", None)
+    with pytest.raises(er.UserError, match=r'optuna.*pip install "optuna>=4"'):
+        companion(TUNE).main(["--models", "rnn"])
+
+
+@pytest.mark.parametrize(("argv", "problem"), [
+    (["--trials", "0"], "error: --trials 0 is less than 1"),
+    (["--trials", "many"], "error: argument --trials: invalid int value: 'many'"),
+    (["--models", "fusion_rnn"], "error: argument --models: invalid choice: 'fusion_rnn'"),
+    (["--", "--runs=2"], "error: a search has no use for --phase, --input, --runs"),
+    (["--", "--no-use-simulated-sentences"], "error: a search reads no transcripts of Whisper's"),
+    (["--", "--epoch-rnn=3"], "error: unrecognized arguments: --epoch-rnn=3"),
+    (["--", "--ravdess-path=nowhere"], "error: .*nowhere"),
+    (["--", *(f"--{key}=0.1" for key in ("learning-rate-rnn", "weight-decay", "dropout", "word-dropout",
+                                         "label-smoothing", "ema-decay")), "--batch-size=8"],
+     "error: every setting of the search stands among the flags"),
+])
+def test_errors_of_a_search_are_one_sentence_with_exit_code_2(argv, problem, tune, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["tune.py", "--models", "rnn", *argv])
+    source = compile(TUNE.read_text(encoding="utf-8"), str(TUNE), "exec")
+    with pytest.raises(SystemExit) as stop:
+        exec(source, {"__name__": "__main__", "__file__": str(TUNE)})
+    assert stop.value.code == 2
+    assert re.search(problem, capsys.readouterr().err.strip().splitlines()[-1])
+    assert contents(".") == {}
+
+
 # %% Prediction on one's own recordings
 ANSWER = ["recording", "error", "model", "predicted", "unsure", *er.EMOTIONS]
 COLUMNS = [*ANSWER, "gate", "note", "text", "text_source", "over_time", "caveats", "key"]
