@@ -30,7 +30,7 @@ RANGES = {  # of settings, as Optuna's suggest_float and suggest_categorical tak
 
 
 def open_study(path, cfg, ranges, facts):
-    """Optuna's study in `path`, one of these facts; a new one begins with those of `cfg`. Raises UserError."""
+    """Optuna's study in `path`; a new one begins with cfg's settings. Raises UserError if it has other facts."""
     import optuna
     from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock, JournalStorage
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -110,12 +110,12 @@ def conclude(study, folder, command, caveats):
     for half in itertools.combinations(folds, (len(folds.columns) + 1) // 2):
         chosen, others = folds[[*half]].mean(axis=1).idxmin(), folds.drop(columns=[*half]).mean(axis=1)
         gaps.append((others[chosen] - others.min(), others[chosen] - others.get(present, np.nan)))
-    gap = ("Chosen on half of the folds, settings have on the others {:+.3f} NLL against the best there, and "
-           "{:+.3f} against the present ones.".format(*np.mean(gaps, axis=0))) * (len(folds.columns) > 1)
-    best = done[["number", "nll", "uar", "flags"]].head()
-    command += f" {best['flags'].iloc[0]}"
-    er.save(folder / "best.json", best.iloc[0].to_dict() | {"gap": gap, "command": command})
-    print("", best.to_string(index=False), gap, command, sep="\n")
+    gap = "Settings chosen on {} of {} folds: NLL on the others {:+.3f} over the best, {:+.3f} over the present."
+    gap = gap.format(len(half), len(folds.columns), *np.mean(gaps, axis=0)) * (len(folds.columns) > 1)
+    top = done[["number", "nll", "uar", "flags"]].head()
+    command += f" {top['flags'].iloc[0]}"
+    er.save(folder / "best.json", top.iloc[0].to_dict() | {"gap": gap, "command": command})
+    print("", top.to_string(index=False), gap, command, sep="\n")
 
 
 def main(argv):
