@@ -4469,8 +4469,10 @@ def train_phase(cfg):
 
 
 def train_only(cfg, clips_of, names, corpus, device):
-    """Train the run ONLY_RUN; what it says stands in its log.txt."""
+    """Train the run ONLY_RUN, what it says into its log.txt; with --phase data see that it can be."""
     run = list(clips_of)[cfg.only_run - 1]
+    if cfg.phase == "data":
+        return
     with Path(run.output_dir, "log.txt").open("w") as log, contextlib.redirect_stdout(log):
         train_run(run, names, clips_of[run], corpus, device)
 

@@ -887,7 +887,7 @@ def test_half_of_each_training_speaker_is_as_much_training_as_one_statement_and_
     sizes = {split: clips.query("split == 'train'").groupby(["actor", "emotion"], observed=True).size()
              for split, clips in (("text", by_text), ("half", half))}
     assert sizes["half"].equals(sizes["text"])
-    assert splits_of(half)("statement") == dict.fromkeys(er.SPLITS, {1, 2})
+    assert splits_of(half)("statement") == {split: {1, 2} for split in er.SPLITS}
     assert len(half.query("split == 'test'")) == 300  # all of them
 
 
@@ -5022,6 +5022,147 @@ def test_export_errors_are_one_sentence_with_exit_code_2(argv, case, problem, qu
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert re.match(f"error: {problem}", line)
     assert contents(OUTPUT) == before
+
+
+# %% Many runs at once, archive/jobs.py
+JOBS = SCRIPT.parent / "archive/jobs.py"
+TWO_FOLDS = [*TINY, "--run-models", "rnn", "--phase", "unimodal", "--folds", "0,1"]
+
+
+@pytest.fixture(scope="session")
+def jobs():
+    return companion(JOBS)
+
+
+def test_a_single_one_of_several_runs_is_trained_without_results(heard, unpublished, capsys):
+    er.main([*heard, *TWO_FOLDS, "--only-run", "2"])
+    assert set(os.listdir("outputs")) == {"fold_1_seed_42"}
+    assert place_of("rnn", "outputs/fold_1_seed_42").exists()
+    assert "TextRNN" in Path("outputs/fold_1_seed_42/log.txt").read_text()
+    assert "TextRNN" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", [
+    "--only-run 3 --folds 0,1",
+    "--only-run 2",
+    "--only-run 5 --split text --runs 2"])
+def test_a_run_that_is_none_of_several_is_refused(flags):
+    assert "--only-run" in outcome(*flags.split())
+
+
+def test_runs_at_once_are_those_that_come_one_after_the_other(heard, unpublished, jobs):
+    er.main([*heard, *TWO_FOLDS, "--output-dir", "one_by_one"])
+    jobs.main(["--jobs", "2", "--", *heard, *TWO_FOLDS])
+    for fold in ("fold_0_seed_42", "fold_1_seed_42"):
+        one, other = (checkpoint_of("rnn", Path(folder, fold)) for folder in ("one_by_one", "outputs"))
+        assert all(map(torch.equal, one["weights"].values(), other["weights"].values()))
+        assert torch.equal(one["log_probs"], other["log_probs"])
+        assert "epoch" in Path("outputs", fold, "log.txt").read_text()  # it was trained there
+    assert predictions("outputs").equals(predictions("one_by_one"))
+    assert not list(Path("outputs").glob(".jobs*"))
+
+
+def commands(*texts):
+    """Stands for the command lines of runs: short programs in their place."""
+    return lambda flags, place, *more: [sys.executable, "-c", texts[place]]
+
+
+def asked_for(**changes):
+    return SimpleNamespace(**{"jobs": 2, "scheduler": ""} | changes)
+
+
+def runs_named(*names):
+    return [config(output_dir=name) for name in names]
+
+
+def test_a_run_that_fails_is_named_and_the_others_end(jobs, monkeypatch):
+    texts = ["open('a', 'w')", "import sys; print('much'); sys.exit('error: no disk')", "open('c', 'w')"]
+    monkeypatch.setattr(jobs, "command_of", commands(*texts))
+    failed = jobs.train_all(runs_named("a", "b", "c"), [], SCRIPT, asked_for())
+    assert failed == {"b": "error: no disk"}
+    assert Path("a").exists() and Path("c").exists()
+
+
+def test_what_failed_is_said_before_there_are_results(heard, unpublished, jobs, monkeypatch):
+    monkeypatch.setattr(jobs, "train_all", lambda *_: {"outputs/fold_1_seed_42": "error: no disk"})
+    with pytest.raises(er.UserError, match="1 of 2 runs failed, the others are kept: .*: error: no disk"):
+        jobs.main(["--jobs", "2", "--", *heard, *TWO_FOLDS])
+    assert not Path("outputs/predictions.csv").exists()
+
+
+def test_runs_end_when_the_command_that_wants_them_does(jobs):
+    beacon = Path("beacon")
+    beacon.touch()
+    threading.Timer(1.0, beacon.unlink).start()
+    start = time.perf_counter()
+    code, _ = jobs.run_apart([sys.executable, "-c", "import time; time.sleep(60)"], ".", "beacon", {})
+    assert code != 0
+    assert time.perf_counter() - start < 20
+    assert jobs.run_apart(["never", "started"], ".", "beacon", {}) == (2, "beacon is not there, or no longer")
+
+
+@pytest.mark.parametrize(("environment", "expected"), [
+    ({}, [("4", "0"), ("4", "1"), ("4", "0")]),
+    ({"CUDA_VISIBLE_DEVICES": "3", "OMP_NUM_THREADS": "1"}, [("1", "3")] * 3),
+])
+def test_threads_and_gpus_are_divided_and_those_of_the_user_stay(environment, expected, jobs, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    shares = [jobs.share_of(place, 2) for place in range(3)]
+    assert [(share["OMP_NUM_THREADS"], share["CUDA_VISIBLE_DEVICES"]) for share in shares] == expected
+
+
+@pytest.mark.parametrize(("argv", "problem"), [
+    (["--jobs", "0"], "--jobs 0 is none of 1 to 2"),
+    (["--jobs", "3"], "--jobs 3 is none of 1 to 2"),
+    (["--", "--only-run", "1"], "--only-run is what this script decides"),
+    (["--", "--phase", "report"], "--phase report trains nothing"),
+])
+def test_jobs_refuse_what_makes_no_sense(argv, problem, jobs):
+    given, _, flags = " ".join(argv).partition("-- ")
+    with pytest.raises(er.UserError, match=problem):
+        jobs.main([*given.split(), "--", "--folds", "0,1", *flags.split()])
+
+
+@pytest.fixture(scope="session")
+def cluster():
+    """A Dask cluster of two worker processes on this machine."""
+    distributed = pytest.importorskip("distributed")
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
+        yield cluster
+
+
+def test_a_run_whose_worker_dies_is_done_by_another(cluster, jobs, monkeypatch):
+    # The first to come ends the worker that started it.
+    deadly = ("import os, pathlib, time; mark = pathlib.Path('mark'); new = not mark.exists(); mark.touch(); "
+              "new and os.kill(os.getppid(), 9); pathlib.Path('done').touch()")
+    texts = ["pass", deadly, "open('c', 'w')"]
+    monkeypatch.setattr(jobs, "command_of", commands(*texts))
+    runs = runs_named("a", "b", "c")
+    failed = jobs.train_all(runs, [], SCRIPT, asked_for(scheduler=cluster.scheduler_address))
+    assert failed == {}
+    assert Path("mark").exists() and Path("done").exists() and Path("c").exists()
+
+
+def test_a_worker_that_cannot_do_it_is_named_before_anything_starts(cluster, jobs, monkeypatch):
+    monkeypatch.setattr(jobs, "command_of", commands("import sys; sys.exit('error: no corpus')"))
+    with pytest.raises(er.UserError, match="the worker tcp://.* cannot do a run: error: no corpus"):
+        jobs.train_all(runs_named("a"), [], SCRIPT, asked_for(scheduler=cluster.scheduler_address))
+
+
+def test_a_scheduler_that_is_not_there_is_one_sentence(jobs):
+    pytest.importorskip("distributed")
+    with pytest.raises(er.UserError, match="--scheduler tcp://127.0.0.1:9 cannot be used"):
+        jobs.cluster_of("tcp://127.0.0.1:9", print)
+
+
+def test_without_dask_the_line_that_installs_it_is_said(jobs, monkeypatch):
+    monkeypatch.setitem(sys.modules, "dask.distributed", None)
+    with pytest.raises(er.UserError, match=r"dask.distributed does not load .*: pip install .dask\["):
+        jobs.cluster_of("tcp://127.0.0.1:9", print)
 
 
 # %% The search, archive/tune.py

@@ -10,7 +10,9 @@ runs. Ctrl-C stops all of them after their last finished epoch; the same command
 """
 
 import argparse
+import contextlib
 import functools
+import logging
 import os
 import re
 import subprocess
@@ -57,6 +59,7 @@ def share_of(place, jobs):
 def cluster_of(scheduler, call):
     """A client of a Dask cluster each of whose workers answers `call` with exit code 0. Raises UserError."""
     distributed = er.load_package("dask.distributed", PIP)
+    logging.getLogger("distributed").setLevel(logging.CRITICAL)  # it logs what is raised as well
     try:
         client = distributed.Client(scheduler, timeout=10)
         client.get_versions(check=True)
@@ -74,16 +77,16 @@ def cluster_of(scheduler, call):
 
 def train_all(runs, flags, beacon, asked):
     """Train all runs, several at once, with one bar; {folder: last words} of those that failed."""
-    run, places = functools.partial(run_apart, folder=str(Path.cwd()), beacon=str(beacon)), range(len(runs))
-    backend, shares = {"backend": "dask"}, [{}] * len(runs)
+    here, places = functools.partial(run_apart, folder=str(Path.cwd()), beacon=str(beacon)), range(len(runs))
     if asked.scheduler:
-        check = functools.partial(run, command_of(flags, 0, "--phase=data"), environment={})
-        client = cluster_of(asked.scheduler, check)  # noqa: F841, joblib takes the one there is
+        check = functools.partial(here, command_of(flags, 0, "--phase=data"), environment={})
+        cluster, backend = cluster_of(asked.scheduler, check), {"backend": "dask"}
+        shares = [{}] * len(runs)
     else:
-        backend = {"backend": "threading", "n_jobs": asked.jobs}
+        cluster, backend = contextlib.nullcontext(), {"backend": "threading", "n_jobs": asked.jobs}
         shares = [share_of(place, asked.jobs) for place in places]
-    tasks = [joblib.delayed(run)(command_of(flags, place), environment=shares[place]) for place in places]
-    with joblib.parallel_config(**backend):
+    tasks = [joblib.delayed(here)(command_of(flags, place), environment=shares[place]) for place in places]
+    with cluster, joblib.parallel_config(**backend):
         ended = joblib.Parallel(return_as="generator", pre_dispatch="all")(tasks)
         ended = list(er.tqdm(ended, "Runs", len(runs)))
     return {run.output_dir: words for run, (code, words) in zip(runs, ended) if code}
