@@ -30,7 +30,7 @@ RANGES = {  # of settings, as Optuna's suggest_float and suggest_categorical tak
 
 
 def open_study(path, cfg, ranges, facts):
-    """Optuna's study in `path`; a new one begins with cfg's settings. Raises UserError if it has other facts."""
+    """Optuna's study in `path`; a new one begins with cfg's settings. Raises UserError for other facts."""
     import optuna
     from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock, JournalStorage
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -110,7 +110,7 @@ def conclude(study, folder, command, caveats):
     for half in itertools.combinations(folds, (len(folds.columns) + 1) // 2):
         chosen, others = folds[[*half]].mean(axis=1).idxmin(), folds.drop(columns=[*half]).mean(axis=1)
         gaps.append((others[chosen] - others.min(), others[chosen] - others.get(present, np.nan)))
-    gap = "Settings chosen on {} of {} folds: NLL on the others {:+.3f} over the best, {:+.3f} over the present."
+    gap = "Chosen on {} of {} folds: NLL on the others {:+.3f} over the best, {:+.3f} over the present settings."
     gap = gap.format(len(half), len(folds.columns), *np.mean(gaps, axis=0)) * (len(folds.columns) > 1)
     top = done[["number", "nll", "uar", "flags"]].head()
     command += f" {top['flags'].iloc[0]}"
