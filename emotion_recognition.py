@@ -127,7 +127,7 @@ ONLY_RUN = 0                     # train this one of several runs, from 1 on, wi
 # Splits
 LEAVE_OUT = ""                   # emotions to do without, comma-separated: calm,disgust
 MERGE = ""                       # emotions to count as others, in pairs: calm=neutral,boredom=sad
-SPLIT = "speaker"                # speaker: none in two splits; text: nor any sentence; half; random: by clip
+SPLIT = "speaker"                # speaker: no actor in two splits; text: nor a sentence; half; random
 FOLDS = "0"                      # which fifth of the actors is tested; 0,1,2,3,4: cross-validation
 TEST_VIEWS = 5                   # slightly different readings of a clip that are averaged; 1: one
 # Words

@@ -1644,6 +1644,22 @@ def test_a_window_says_how_much_voice_is_in_it():
     assert windows["voiced"].tolist() == [1, 0.5, 0, 0, 0, 0, 0]
 
 
+@pytest.mark.parametrize("bands", [16, 64])
+def test_half_of_the_training_windows_are_in_noise_and_a_quarter_lack_upper_bands(bands):
+    torch.manual_seed(0)
+    loud, silent = (er.disturb(torch.full((4000, 1, bands, 4), level)) for level in (0.0, -40.0))
+    noise = silent.mean(dim=(1, 3)) * 10 / np.log(10)  # (B, M) in dB of loud speech
+    noisy, narrow = noise[:, bands // 2] > -90, loud[:, 0, -1].amax(dim=1) < -1
+    assert float(noisy.float().mean()) == pytest.approx(0.5, abs=0.03)
+    assert float(narrow.float().mean()) == pytest.approx(0.25, abs=0.03)
+    assert float(noise[noisy].max()) < -25 + 8 + 6  # its level, its slope and how it wavers
+    assert float(noise[noisy, bands // 2].min()) == pytest.approx(-70, abs=6)
+    # What is left is left as it was, below 3 kHz always.
+    low = loud[:, :, :bands // 2]
+    assert float(low.min()) >= 0
+    assert float(low.median()) == pytest.approx(0, abs=0.01)
+
+
 def uneven_clips(*sizes):
     """Clips of as many emotions as there are sizes, all training."""
     emotions = pd.Categorical.from_codes(np.repeat(range(len(sizes)), sizes), er.EMOTIONS[:len(sizes)])
