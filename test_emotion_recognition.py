@@ -5297,7 +5297,7 @@ def test_what_half_of_the_folds_cannot_tell_is_measured_on_the_others(tune, undr
     # Folds 0 and 1 choose b, 0.5 above c on fold 2; 1 and 2 choose c, 0.5 above b on 0; on 1 all are alike.
     found = read_json(tmp_path / "best.json")
     assert found["command"] == "python b"
-    assert found["gap"].endswith("NLL on the others +0.333 over the best, -0.333 over the present settings.")
+    assert found["gap"].endswith("NLL on the others +0.333 over the best, -0.333 over the present.")
 
 
 def test_the_same_search_has_the_same_trials_and_goes_on_where_it_was(search, untrained, monkeypatch):

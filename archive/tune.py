@@ -110,7 +110,7 @@ def conclude(study, folder, command, caveats):
     for half in itertools.combinations(folds, (len(folds.columns) + 1) // 2):
         chosen, others = folds[[*half]].mean(axis=1).idxmin(), folds.drop(columns=[*half]).mean(axis=1)
         gaps.append((others[chosen] - others.min(), others[chosen] - others.get(present, np.nan)))
-    gap = "Chosen on {} of {} folds: NLL on the others {:+.3f} over the best, {:+.3f} over the present settings."
+    gap = "Chosen on {} of {} folds: NLL on the others {:+.3f} over the best, {:+.3f} over the present."
     gap = gap.format(len(half), len(folds.columns), *np.mean(gaps, axis=0)) * (len(folds.columns) > 1)
     top = done[["number", "nll", "uar", "flags"]].head()
     command += f" {top['flags'].iloc[0]}"
