@@ -5293,10 +5293,10 @@ def test_what_half_of_the_folds_cannot_tell_is_measured_on_the_others(tune, undr
     study = SimpleNamespace(trials_dataframe=lambda attributes: pd.DataFrame(columns))
     monkeypatch.setattr("optuna.visualization.matplotlib.plot_optimization_history", lambda *_, **__: None)
     monkeypatch.setattr("optuna.visualization.matplotlib.plot_param_importances", lambda *_, **__: None)
-    tune.conclude(study, tmp_path, "python", ())
+    tune.conclude(study, tmp_path, config(run_models="rnn"), ())
     # Folds 0 and 1 choose b, 0.5 above c on fold 2; 1 and 2 choose c, 0.5 above b on 0; on 1 all are alike.
     found = read_json(tmp_path / "best.json")
-    assert found["command"] == "python b"
+    assert found["command"] == "python emotion_recognition.py b"
     assert found["gap"].endswith("NLL on the others +0.333 over the best, -0.333 over the present.")
 
 
@@ -5411,11 +5411,21 @@ def test_a_journal_of_something_else_is_named(search, untrained):
     assert untrained == []
 
 
-def test_a_search_is_drawn(tune, heard, untrained):
-    tune.main(["--models", "rnn", "--trials", "3", "--", *TINY, *heard])
-    for name in ("plot_optimization_history.png", "plot_param_importances.png"):
-        assert (TUNED / name).stat().st_size > 5000
-    assert read_json(TUNED / "best.json")["gap"] == ""  # a single fold
+@pytest.mark.parametrize("name", ["cnn", "rnn"])
+def test_a_search_is_drawn_with_the_caveats_of_what_was_read(name, tune, heard, untrained, monkeypatch):
+    titles = []
+
+    def save_figure(figure, *rest, **options):
+        SAVE_FIGURE(figure, *rest, **options)
+        titles.append(figure.get_suptitle())
+
+    monkeypatch.setattr(er, "save_figure", save_figure)
+    tune.main(["--models", name, "--trials", "3", "--", *TINY, *heard])
+    folder = OUTPUT.parent / f"tune_{name}"
+    for plot in ("plot_optimization_history.png", "plot_param_importances.png"):
+        assert (folder / plot).stat().st_size > 5000
+    assert ["oracle" in title for title in titles] == [name == "rnn"] * 2
+    assert read_json(folder / "best.json")["gap"] == ""  # a single fold
 
 
 def test_a_search_without_optuna_says_how_to_install_it(monkeypatch):

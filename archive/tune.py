@@ -93,7 +93,7 @@ def objective(trial, ranges, clips_of):
     return np.mean(nlls)
 
 
-def conclude(study, folder, command, caveats):
+def conclude(study, folder, cfg, caveats):
     """Write and print what a search has found. Raises UserError when no trial was completed."""
     from optuna.visualization import matplotlib as plots
     table = study.trials_dataframe(("number", "state", "value", "user_attrs"))
@@ -104,8 +104,8 @@ def conclude(study, folder, command, caveats):
     er.refuse({f"no trial was completed, {folder}/trials.csv has the reasons": done.empty})
     for plot in (plots.plot_optimization_history, plots.plot_param_importances):
         plot(study, target_name="validation NLL")
-        er.save_figure(er.plt.gcf(), folder / f"{plot.__name__}.png", caveats)
-
+        path = folder / f"{plot.__name__}.png"
+        er.save_figure(er.plt.gcf(), path, caveats, words=er.reads_words(cfg.run_models))
     folds, gaps, present = done.filter(like="nll_fold"), [], done["present"].first_valid_index()
     for half in itertools.combinations(folds, (len(folds.columns) + 1) // 2):
         chosen, others = folds[[*half]].mean(axis=1).idxmin(), folds.drop(columns=[*half]).mean(axis=1)
@@ -113,7 +113,7 @@ def conclude(study, folder, command, caveats):
     gap = "Chosen on {} of {} folds: NLL on the others {:+.3f} over the best, {:+.3f} over the present."
     gap = gap.format(len(half), len(folds.columns), *np.mean(gaps, axis=0)) * (len(folds.columns) > 1)
     top = done[["number", "nll", "uar", "flags"]].head()
-    command += f" {top['flags'].iloc[0]}"
+    command = f"{er.command_of(cfg)} {top['flags'].iloc[0]}"
     er.save(folder / "best.json", top.iloc[0].to_dict() | {"gap": gap, "command": command})
     print("", top.to_string(index=False), gap, command, sep="\n")
 
@@ -143,7 +143,7 @@ def main(argv):
         while sum(trial.state.name in ("COMPLETE", "PRUNED") for trial in study.trials) < asked.trials:
             study.optimize(lambda trial: objective(trial, ranges, clips_of), n_trials=1)
     finally:
-        conclude(study, folder, er.command_of(cfg), corpus.caveats)
+        conclude(study, folder, cfg, corpus.caveats)
 
 
 if __name__ == "__main__":
