@@ -2406,7 +2406,7 @@ SCIENCE = {  # what is edited: (definition, text, replacement, who is trained an
     "what is stored of it": ("infer", ".log_softmax(dim=1)", ".softmax(dim=1)", ["cnn", *TEXT], []),
     "its augmentation": ("recolour", "0.75", "0.5", ["cnn"], []),
     "its noise": ("disturb", "-70", "-60", ["cnn"], []),
-    "the floor of log-mels": ("FLOOR", "1e-7", "1e-6", HEARING, TEXT),
+    "the floor of log-mels": ("FLOOR", "1e-7", "1e-6", HEARING, []),
     "the pauses that are cut": ("with_margins", "second / 4", "second / 3", HEARING, TEXT),
     "SpeechEncoder": ("SpeechEncoder", '"balanced"', "None", ["speech"], ["cnn", *TEXT]),
     "what it hears through": ("disturbed", "3400", "3500", ["speech"], ["cnn", *TEXT]),
@@ -3007,10 +3007,10 @@ def test_figures_of_every_system_agree_with_its_predictions(split, output, demo_
 
 def test_figures_are_there_for_every_group_of_clips(output):
     lines = pd.DataFrame(read_json(output / "metrics.json"))
-    assert set(lines["by"]) == {"", "fold seed", "actor", "sex", "intensity", "emotion"}
+    assert set(lines["by"]) == {"", "fold seed", "actor", "sex", "intensity", "statement", "emotion"}
 
 
-@pytest.mark.parametrize("by", ["actor", "sex", "intensity", "emotion"])
+@pytest.mark.parametrize("by", ["actor", "sex", "intensity", "statement", "emotion"])
 def test_figures_by_group_are_those_of_the_clips_in_the_group(by, output, demo_predictions):
     lines = pd.DataFrame(read_json(output / "metrics.json"))
     lines = lines.query("by == @by and system == 'rnn' and split == 'test'")
@@ -4692,8 +4692,7 @@ def test_page_draws_emotion_over_time(sent, listener):
     calm, _ = axis.collections  # the lower of two stacked areas: its height is its probability
     seconds, height = calm.get_paths()[0].vertices.T
     middle = seconds.mean()
-    assert height[seconds < middle - 3].max() < 0.2
-    assert height[seconds > middle + 3].max() > 0.8
+    assert height[seconds < middle - 3].max() < 0.5 < height[seconds > middle + 3].max()
 
 
 @pytest.mark.parametrize(("content", "reason"), [
