@@ -5041,6 +5041,17 @@ def test_export_errors_are_one_sentence_with_exit_code_2(argv, case, problem, qu
     assert contents(OUTPUT) == before
 
 
+def test_a_split_by_text_has_results_of_both_ways_round_together(heard, unpublished):
+    er.main([*heard, *TINY, "--run-models", "rnn", "--phase", "unimodal", "--split", "text"])
+    table, config = predictions("outputs"), read_json("outputs/config.json")
+    assert not table["clip"].duplicated().any()
+    assert set(config["calibration"]) == {"fold_0_seed_42_statement_1", "fold_0_seed_42_statement_2"}
+    assert "tested on sentences that are not in training" in config["caveats"]
+    assert set(pd.read_csv("outputs/histories.csv")["run"]) == set(config["calibration"])
+    lines = pd.DataFrame(read_json("outputs/metrics.json")).query("by == 'statement' and split == 'test'")
+    assert lines["clips"].to_list() == [sum(table["split"] == "test") / 2] * 2
+
+
 # %% Many runs at once, archive/jobs.py
 JOBS = SCRIPT.parent / "archive/jobs.py"
 TWO_FOLDS = [*TINY, "--run-models", "rnn", "--phase", "unimodal", "--folds", "0,1"]
