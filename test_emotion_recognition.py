@@ -5181,6 +5181,14 @@ def test_a_worker_that_cannot_do_it_is_named_before_anything_starts(cluster, job
         jobs.train_all(runs_named("a"), [], SCRIPT, asked_for(scheduler=cluster.scheduler_address))
 
 
+def test_a_cluster_that_is_lost_is_one_sentence(jobs, monkeypatch):
+    def lost(**_):
+        raise RuntimeError("no workers left")
+    monkeypatch.setattr(jobs.joblib, "Parallel", lost)
+    with pytest.raises(er.UserError, match=r"runs were lost \(no workers left\): what is finished is kept"):
+        jobs.train_all(runs_named("a"), [], SCRIPT, asked_for())
+
+
 def test_a_scheduler_that_is_not_there_is_one_sentence(jobs):
     pytest.importorskip("distributed")
     with pytest.raises(er.UserError, match=r"--scheduler tcp://127\.0\.0\.1:9 cannot be used"):

@@ -86,9 +86,13 @@ def train_all(runs, flags, beacon, asked):
         cluster, backend = contextlib.nullcontext(), {"backend": "threading", "n_jobs": asked.jobs}
         shares = [share_of(place, asked.jobs) for place in places]
     tasks = [joblib.delayed(here)(command_of(flags, place), environment=shares[place]) for place in places]
-    with cluster, joblib.parallel_config(**backend):
-        ended = joblib.Parallel(return_as="generator", pre_dispatch="all")(tasks)
-        ended = list(er.tqdm(ended, "Runs", len(runs)))
+    try:
+        with cluster, joblib.parallel_config(**backend):
+            ended = joblib.Parallel(return_as="generator", pre_dispatch="all")(tasks)
+            ended = list(er.tqdm(ended, "Runs", len(runs)))
+    except Exception as error:  # of Dask's: workers that die, a scheduler that goes away
+        raise er.UserError(f"runs were lost ({error}): what is finished is kept, and the same command goes on "
+                           "from there") from error
     return {run.output_dir: words for run, (code, words) in zip(runs, ended) if code}
 
 
