@@ -91,8 +91,8 @@ def train_all(runs, flags, beacon, asked):
             ended = joblib.Parallel(return_as="generator", pre_dispatch="all")(tasks)
             ended = list(er.tqdm(ended, "Runs", len(runs)))
     except Exception as error:  # of Dask's: workers that die, a scheduler that goes away
-        raise er.UserError(f"runs were lost ({error}): what is finished is kept, the same command goes on from "
-                           "there") from error
+        raise er.UserError(f"runs were lost ({error}): what is finished is kept, the same command "
+                           "goes on from there") from error
     return {run.output_dir: words for run, (code, words) in zip(runs, ended) if code}
 
 
