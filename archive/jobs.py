@@ -68,10 +68,12 @@ def cluster_of(scheduler, call):
     except Exception as error:  # Dask has many kinds
         raise er.UserError(f"--scheduler {scheduler} cannot be used ({error}): it and its workers need the "
                            "Python, Dask and files of this machine") from error
-    er.refuse({f"--scheduler {scheduler} has no workers: start dask worker {scheduler} --nthreads 1":
-               not answers})
-    er.refuse({f"the worker {worker} cannot do a run: {words}": code
-               for worker, (code, words) in answers.items()})
+    problems = {f"the worker {worker} cannot do a run: {words}": code
+                for worker, (code, words) in answers.items()}
+    problems[f"--scheduler {scheduler} has no workers: dask worker {scheduler} --nthreads 1"] = not answers
+    if any(problems.values()):
+        client.close()
+    er.refuse(problems)
     return client
 
 
