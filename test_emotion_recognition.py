@@ -1707,7 +1707,7 @@ def test_fonts_that_have_what_the_usual_one_lacks_are_used_beside_it(monkeypatch
     flags = own_corpus(["happy", "sad"])
     for _ in range(2):  # once more: no name twice
         data_of(*flags)
-        assert er.plt.rcParams["font.family"] == ["sans-serif", "No such font", "STIXGeneral"]
+        assert er.plt.rcParams["font.family"] == ["sans-serif", "STIXGeneral"]
 
 
 @pytest.mark.parametrize(("flags", "said"), [([], True), (["--no-class-weights"], False)])
@@ -9176,7 +9176,7 @@ TYPES = st.sampled_from(["int8", "uint8", "int16", "int32", "int64", "float16", 
 RATES = st.sampled_from([0, 999, 1000, 8000, 11025, 16000, 44100, 192000])
 
 
-@anything
+@settings(parent=anything, max_examples=anything.max_examples // 3)
 @given(TYPES, RATES, st.integers(0, 4), st.floats(0, 3), st.floats(-120, 60), st.floats(-1, 1))
 def test_any_array_is_one_clip_of_all_that_is_spoken_or_a_reason(
         kind, rate, channels, seconds, decibels, offset):
