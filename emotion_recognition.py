@@ -275,12 +275,12 @@ def source_code():
 
 def usage_error(parser, message):
     """Raise a UserError in place of argparse's SystemExit, which would end a notebook's cell in a dump."""
-    flags = re.findall(r"--[\w-]+", parser.format_help())
-    typed = "".join(re.findall(r"(?<!\S)--?[\w-]+", message)[:1])
     hint = "--help lists every flag"
-    for meant in difflib.get_close_matches(typed.lower(), flags, 1, 0.7):
-        if meant != typed:
-            hint = f"did you mean {meant}?"
+    # In other messages the flag is right and its value is not.
+    typed = re.sub("unrecognized arguments: |[ =].*", "", message.lower())
+    flags = re.findall(r"--[\w-]+", parser.format_help())
+    for meant in difflib.get_close_matches(typed, flags, 1, 0.7):
+        hint = f"did you mean {meant}?"
     raise UserError(f"{message} ({hint})")
 
 
@@ -296,12 +296,13 @@ def make_parser():
     parser.error = functools.partial(usage_error, parser)
 
     # A notebook has no file, so its flags have no help.
-    _, lines, *_ = [*re.split("# fmt: o[nf]+", source_code()), ""]
-    found = re.findall("^# (.+)|^([A-Z_]+) = [^#\n]*(?:# (.+))?", lines, re.MULTILINE)
+    comments = r"^# (.+)\n(?=[A-Z_]+ = )|^([A-Z_]+) = [^#\n]*(?:# (.+))?"
+    found = re.findall(comments, source_code(), re.MULTILINE)
     group = parser
     for heading, name, text in found or [("", name, "") for name in SETTINGS]:
         if heading:
             group = parser.add_argument_group(heading)
+        if name not in SETTINGS:
             continue
         key, kind = name.lower(), SETTINGS[name]
         options = {"type": functools.partial(read_number, key)}
@@ -453,14 +454,14 @@ def read_corpus(cfg, known=()):
     """
     source = cfg.manifest or find_corpus(cfg)
     files = list_manifest(source) if cfg.manifest else list_ravdess(source)
-    files = load_clips(without_emotions(merged(files, cfg, known), cfg), cfg)
+    files = without_emotions(merged(files, cfg, known), names_in(cfg.leave_out))
+    files = load_clips(files, cfg)
 
     # A copy under the same name counts once, and a damaged first copy does not hide a good second one.
     copies = files.duplicated(["clip", "reason"]) & (files["reason"] == "")
     files["reason"] = files["reason"].mask(copies, "second copy")
-    usable = files["reason"] == ""
-    clips = files[usable].drop(columns="reason").sort_values("clip", ignore_index=True)
-    left_out = files.loc[~usable, ["path", "reason"]]
+    clips = files.query("reason == ''").drop(columns="reason").sort_values("clip", ignore_index=True)
+    left_out = files.query("reason != ''")[["path", "reason"]]
 
     refuse({f"{unusable(left_out)}{source} has no clip that can be used: see --ravdess-path or --manifest":
             clips.empty})
@@ -485,12 +486,12 @@ def merged(files, cfg, known):
     return files.assign(emotion=pd.Categorical(files["emotion"].astype(object).map(names), there))
 
 
-def without_emotions(files, cfg):
+def without_emotions(files, unwanted):
     """Listed files without the classes of --leave-out, their clips with that reason. Raises UserError."""
-    classes, unwanted = classes_of(files), names_in(cfg.leave_out)
+    classes = classes_of(files)
     wanted = [emotion for emotion in classes if emotion not in unwanted]
-    refuse({f"--leave-out {cfg.leave_out} is not a list out of {', '.join(classes)} that leaves two and more":
-            set(unwanted).difference(classes) or len(wanted) < 2})
+    refuse({f"--leave-out {','.join(unwanted)} is not a list out of {', '.join(classes)} that leaves two and "
+            "more": set(unwanted).difference(classes) or len(wanted) < 2})
     return files.assign(emotion=files["emotion"].cat.set_categories(wanted),
                         reason=files["reason"].mask(files["emotion"].isin(unwanted), "--leave-out"))
 
@@ -545,24 +546,23 @@ def audio_files(folder, suffixes=(*AUDIO_SUFFIXES, ".mp4")):
 def list_ravdess(folder):
     """All audio files under a folder, as speech clips by their names; `reason` says which are none, and why.
 
-    Columns: clip, path, emotion, actor, intensity, statement, repetition, sex, reason ("" for clips).
+    Columns: clip, path, reason ("" for clips), emotion, intensity, statement, repetition, actor, sex.
     """
     rows = []
     for path in audio_files(folder):
         reason = next(why for why, pattern in REASONS.items() if re.match(pattern, path.name.lower()))
-        # What is no clip has the code 0, which says nothing.
-        codes = [0] * 7 if reason else map(int, path.stem.split("-"))
+        # What is no clip has the code 0, which says nothing; all clips are 03-01, speech.
+        codes = [0] * 5 if reason else map(int, path.stem.split("-")[2:])
         rows.append((path.stem, str(path), reason, *codes))
 
-    codes = "modality channel emotion intensity statement repetition actor".split()
-    files = pd.DataFrame(rows, columns=["clip", "path", "reason", *codes])
+    columns = "clip path reason emotion intensity statement repetition actor".split()
+    files = pd.DataFrame(rows, columns=columns)
     files["emotion"] = pd.Categorical.from_codes(files["emotion"] - 1, EMOTIONS)
     files["intensity"] = files["intensity"].map({1: "normal", 2: "strong"})
     files["sex"] = files["actor"].mod(2).map({0: "female", 1: "male"})
     # Where one name is another corpus's, its neighbours' numbers fit but mean something else.
     foreign = (files["reason"] == FOREIGN).groupby(files["path"].map(os.path.dirname)).transform("any")
-    files["reason"] = files["reason"].mask(foreign, FOREIGN)
-    return files["clip path emotion actor intensity statement repetition sex reason".split()]
+    return files.assign(reason=files["reason"].mask(foreign, FOREIGN))
 
 
 SPLIT_NAMES = {"training": "train", "testing": "test", **dict.fromkeys(("dev", "val", "valid"), "validation")}
@@ -589,12 +589,13 @@ def list_manifest(path):
     emotions = dict.fromkeys([*EMOTIONS, *sorted(table["emotion"])])
     emotion = pd.Categorical(table["emotion"], list(emotions)).remove_unused_categories()
     refuse({f"{path} has fewer than two emotions to tell apart: {advice}": len(emotion.categories) < 2})
-    files = table[["clip", "span"]].assign(
+    known = [name for name in ("split", "transcript") if (table[name] != "").any()]
+    files = table[["clip", "span", *known]].assign(
         path=table["file"].map(str),
         emotion=emotion,
-        actor=numbers_if_plain(one_spelling(table["speaker"])))
-    known = [name for name in ("split", "transcript") if (table[name] != "").any()]
-    return files.join(table[known]).assign(reason="").reset_index(drop=True)
+        actor=numbers_if_plain(one_spelling(table["speaker"])),
+        reason="")
+    return files.reset_index(drop=True)
 
 
 def spans_of(table):
@@ -606,18 +607,21 @@ def spans_of(table):
 def refuse_manifest(path, table, advice):
     """Raise a UserError for the first line of a manifest that is not what it should be."""
     refuse({f"{path} lists no clips: {advice}": table.empty})
-    named, split = table["speaker"] != "", table["split"]
+    named, dealt = (table[["speaker", "split"]] != "").any()
     # Two spellings may name one file.
-    files = table["file"].map(os.path.realpath).str.normalize("NFC")
-    refuse_lines(path, table, (files + table["span"].map(str)).rename("path"), {
-        "it has no path": table["path"] == ".",  # how pathlib writes ""
-        "it has no emotion": table["emotion"] == "",
-        "{emotion!r} is the name of a column in tables of predictions": table["emotion"].isin(RESERVED),
-        "it has no speaker, and other lines have one": ~named & named.any(),
-        f"{{split!r}} is none of {', '.join(SPLITS)}": ~split.isin(SPLITS) & (split != "").any(),
-        "start {start!r} and end {end!r} are not seconds in this order":
-            [not 0 <= start < end for start, end in table["span"]],
-    }, advice)
+    files, seen = table["file"].map(os.path.realpath).str.normalize("NFC"), {}
+    for line, file in zip(table.itertuples(), files):
+        start, end = line.span
+        first = seen.setdefault((file, start, end), line.Index)
+        refuse_line(path, line.Index, {
+            "it has no path": line.path == ".",  # how pathlib writes ""
+            "it has no emotion": not line.emotion,
+            f"{line.emotion!r} is the name of a column in tables of predictions": line.emotion in RESERVED,
+            "it has no speaker, and other lines have one": named and not line.speaker,
+            f"{line.split!r} is none of {', '.join(SPLITS)}": dealt and line.split not in SPLITS,
+            f"start {line.start!r} and end {line.end!r} are not seconds in this order": not 0 <= start < end,
+            f"the path of line {first} again": first < line.Index,
+        }, advice)
 
 
 def one_spelling(names):
@@ -628,7 +632,7 @@ def one_spelling(names):
 
 def numbers_if_plain(actors):
     """A column of speakers as whole numbers if all are plain ones: 2 comes before 10, but 02 is a name."""
-    if actors.astype(str).str.fullmatch("0|[1-9][0-9]{0,15}").all():
+    if actors.str.fullmatch("0|[1-9][0-9]{0,15}").all():
         return actors.astype(int)
     return actors
 
@@ -668,10 +672,11 @@ def read_table(path, needed, optional, advice, others=False):
     # What csv lets pass, but would be read as something else than was meant.
     columns = (others and reader.fieldnames) or [*needed, *optional]
     named = [name for name in reader.fieldnames if name in columns]
-    wide = next((number for number, row in rows.items() if any(row.get(None, []))), 0)
     refuse({f"{path} line 1 must name the columns {' and '.join(needed)}, none twice: {advice}":
-            set(needed).difference(named) or len(set(named)) < len(named),
-            f"{path} line {wide}: it has more columns than line 1 (quote what has commas): {advice}": wide})
+            set(needed).difference(named) or len(set(named)) < len(named)})
+    for number, row in rows.items():
+        refuse_line(path, number, {
+            "it has more columns than line 1 (quote what has commas)": any(row.get(None, []))}, advice)
 
     table = pd.DataFrame(rows.values(), rows, columns, dtype=object).fillna("")
     for name in columns:
@@ -683,17 +688,9 @@ def read_table(path, needed, optional, advice, others=False):
     return table[(table != "").any(axis=1)]
 
 
-def refuse_lines(path, table, keys, problems, advice):
-    """Raise a UserError for the first line of a table with the key of an earlier one, or with a problem.
-
-    `problems` maps sentences to the lines that have them; names in braces stand for what a line holds.
-    """
-    first = table.index.to_series().groupby(keys).transform("min")
-    again = {f"the {keys.name} of line {{first}} again": first < table.index}
-    for sentence, lines in (problems | again).items():
-        for number in table.index[lines][:1]:
-            problem = sentence.format(first=first[number], **table.loc[number])
-            raise UserError(f"{path} line {number}: {problem}: {advice}")
+def refuse_line(path, number, problems, advice):
+    """Raise a UserError with the first of the problems that a line of a table has."""
+    refuse({f"{path} line {number}: {problem}: {advice}": has for problem, has in problems.items()})
 
 
 def load_clips(files, cfg):
@@ -709,7 +706,7 @@ def load_clips(files, cfg):
             return {"reason": str(error)}
 
     load_torchaudio()  # now, so that an installation that does not work is one sentence
-    listed = files[files["reason"] == ""]
+    listed = files.query("reason == ''")
     loaded = in_parallel(load, listed.itertuples(), "Reading clips")
     loaded = pd.DataFrame(loaded, listed.index, ["reason", "digest", *FEATURES, "note"])
     files.loc[listed.index, "reason"] = loaded.pop("reason")
@@ -827,7 +824,7 @@ def sentence_halves(clips, cfg):
     """
     if "statement" in clips:
         return clips["statement"].astype(str)
-    said = clips["transcript"] if "transcript" in clips else clips["clip"]
+    said = clips.get("transcript", clips["clip"])
     speakers = clips.groupby(said)["actor"].nunique()
     refuse({f"--split text needs sentences that speakers repeat word for word, and {speakers.idxmin()!r} has "
             f"one speaker: complete the column transcript of {cfg.manifest}, or leave out --split":
@@ -869,9 +866,8 @@ def superfluous(corpus, runs):
     if not unwanted:
         return []
     # Without them other speakers may be left, and so other folds.
-    run = runs[0]._replace(leave_out=",".join(unwanted))
-    files = without_emotions(corpus.clips.assign(reason=""), run)
-    rest = replace(corpus, clips=files[files["reason"] == ""])
+    files = without_emotions(corpus.clips.assign(reason=""), unwanted)
+    rest = replace(corpus, clips=files.query("reason == ''"))
     return unwanted + superfluous(rest, runs)
 
 
@@ -1010,13 +1006,15 @@ def sentence_bank(path="", emotions=EMOTIONS):
 def read_sentences(path, emotions):
     """The sentences of a CSV with columns emotion and sentence, by emotion. A UserError names a bad line."""
     advice = "mend it or leave out --sentences-csv"
-    table = read_table(path, ["emotion", "sentence"], [], advice)
-    words = table["sentence"].map(words_in).map(" ".join)  # what stands twice could cross splits
-    table["known"] = ", ".join(emotions)
-    refuse_lines(path, table, words, {
-        "{emotion!r} is none of {known}": ~table["emotion"].isin([*emotions, *EMOTIONS]),
-        "the sentence has no words": words == "<unk>",
-    }, advice)
+    table, seen = read_table(path, ["emotion", "sentence"], [], advice), {}
+    for number, emotion, sentence in table.itertuples():
+        words = " ".join(words_in(sentence))
+        first = seen.setdefault(words, number)
+        refuse_line(path, number, {
+            f"{emotion!r} is none of {', '.join(emotions)}": emotion not in {*emotions, *EMOTIONS},
+            "the sentence has no words": words == "<unk>",
+            f"the sentence of line {first} again": first < number,  # it could cross splits
+        }, advice)
 
     # Sentences for emotions that this corpus lacks are ignored.
     bank = {emotion: table.loc[table["emotion"] == emotion, "sentence"].tolist() for emotion in emotions}
@@ -3208,6 +3206,8 @@ ARCHIVE = {
 
 def download_corpus(cfg):
     """Put the clips of ARCHIVE into --ravdess-path, all or none, unless clips are found. Raises UserError."""
+    import pooch
+    import requests
     # A corpus that is there is never fetched again.
     with contextlib.suppress(UserError):
         print(f"Nothing to download: RAVDESS clips are in {find_corpus(cfg)}")
@@ -3216,32 +3216,24 @@ def download_corpus(cfg):
     part = Path(f"{folder}{UNFINISHED}")
     print(f"RAVDESS: {ARCHIVE['megabytes']} MB from {ARCHIVE['url']}\nLicence CC BY-NC-SA 4.0, not for "
           "commercial use; cite Livingstone & Russo (2018), PLoS ONE 13(5): e0196391", flush=True)
+    headers = {"User-Agent": "emotion_recognition.py"}  # Zenodo refuses the name that requests gives itself
     try:
         folder.mkdir(parents=True, exist_ok=True)
         folder.rmdir()  # if it is not empty, an OSError keeps what is in it
         shutil.rmtree(part, ignore_errors=True)
-        fetch_archive(part.absolute())
+        pooch.get_logger().setLevel("WARNING")
+        pooch.retrieve(ARCHIVE["url"], f"md5:{ARCHIVE['md5']}", "archive.zip", part.absolute(),
+                       downloader=pooch.HTTPDownloader(progressbar=True, headers=headers),
+                       processor=pooch.Unzip(extract_dir="clips"))
         (part / "clips").rename(folder)
+    except (requests.RequestException, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"{ARCHIVE['url']} cannot be fetched, or arrived damaged ({error}): try again later, "
+                        "or get the corpus another way and name its folder with --ravdess-path") from error
     except OSError as error:
         raise UserError(f"{folder} cannot take the corpus ({error}): make room, or name a new folder "
                         "elsewhere with --ravdess-path") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)  # with the zip
-
-
-def fetch_archive(folder):
-    """Download ARCHIVE into a folder, check its md5 and unpack it into clips/. Raises UserError."""
-    import pooch
-    import requests
-    pooch.get_logger().setLevel("WARNING")
-    headers = {"User-Agent": "emotion_recognition.py"}  # Zenodo refuses the name that requests gives itself
-    try:
-        pooch.retrieve(ARCHIVE["url"], f"md5:{ARCHIVE['md5']}", "archive.zip", folder,
-                       downloader=pooch.HTTPDownloader(progressbar=True, headers=headers),
-                       processor=pooch.Unzip(extract_dir="clips"))
-    except (requests.RequestException, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"{ARCHIVE['url']} cannot be fetched, or arrived damaged ({error}): try again later, "
-                        "or get the corpus another way and name its folder with --ravdess-path") from error
 
 
 # %% 19. Plots
