@@ -407,9 +407,9 @@ class Corpus:
     emotion (categories in the order of the labels), actor, digest of the file's bytes, what `load_clip`
     makes of it and what else is known (intensity, statement, repetition, sex, split, transcript, and the
     span of a segment). `left_out` has the path of every other file, and the reason. `split` says how
-    clips are dealt: speaker, random, manifest, or shared (the manifest's own, with speakers in several
-    splits or unknown). `words` says where sentences come from: simulated, whisper, manifest, or, when
-    there are none, why. `caveats` is what every page must say.
+    clips are dealt: speaker, text, half, random, or manifest, as the table itself says. `words` says where
+    sentences come from: simulated, whisper, manifest, or, when there are none, why. `caveats` is what every
+    page must say.
     """
 
     name: str
@@ -735,10 +735,7 @@ def split_kind(clips, cfg):
     refuse({f"{cfg.manifest} has {why}: leave out --folds, --runs and --split":
             cfg.folds != "0" or cfg.runs > 1 or asked})
     # Without names there is no split by speaker.
-    if not own:
-        return "random"
-    shared = clips.groupby("actor")["split"].nunique().max() > 1
-    return "shared" if shared else "manifest"
+    return "manifest" if own else "random"
 
 
 def words_kind(clips, cfg):
@@ -767,7 +764,8 @@ def caveats_of(clips, split, words, cfg):
         "random split: speakers shared between splits": split == "random",
         "tested on sentences that are not in training": split == "text",
         "trained on every other clip of each speaker": split == "half",
-        "split of the manifest: speakers shared between splits or unknown": split == "shared"}))
+        "split of the manifest: speakers shared between splits or unknown":
+            split == "manifest" and clips.groupby("actor")["split"].nunique().max() > 1}))
 
 
 def lacks_validation(clips):
@@ -837,7 +835,7 @@ def refuse_gaps(corpus, runs):
     # Eight emotions that silently become seven would be another task.
     for emotion, split in gaps_in(corpus, runs)[:1]:
         run, there = runs[0], corpus.clips.query("emotion == @emotion")
-        first = "".join(there["path"][:1]) or "none"
+        first = next(iter(there["path"]), "none")
         flag = ("--ravdess-path", "--manifest")[bool(run.manifest)]
         advice = f"complete {corpus.source} (see {flag})"
         with contextlib.suppress(UserError):
@@ -1006,7 +1004,8 @@ def sentence_bank(path="", emotions=EMOTIONS):
 def read_sentences(path, emotions):
     """The sentences of a CSV with columns emotion and sentence, by emotion. A UserError names a bad line."""
     advice = "mend it or leave out --sentences-csv"
-    table, seen = read_table(path, ["emotion", "sentence"], [], advice), {}
+    table = read_table(path, ["emotion", "sentence"], [], advice)
+    bank, seen = {emotion: [] for emotion in emotions}, {}
     for number, emotion, sentence in table.itertuples():
         words = " ".join(words_in(sentence))
         first = seen.setdefault(words, number)
@@ -1015,9 +1014,9 @@ def read_sentences(path, emotions):
             "the sentence has no words": words == "<unk>",
             f"the sentence of line {first} again": first < number,  # it could cross splits
         }, advice)
+        # Sentences for emotions that this corpus lacks are ignored.
+        bank.get(emotion, []).append(sentence)
 
-    # Sentences for emotions that this corpus lacks are ignored.
-    bank = {emotion: table.loc[table["emotion"] == emotion, "sentence"].tolist() for emotion in emotions}
     for emotion, sentences in bank.items():  # a fifth is tested, a fifth validates
         refuse({f"{path} has {len(sentences)} of 5 or more sentences for {emotion}: {advice}":
                 len(sentences) < 5})
@@ -1132,9 +1131,8 @@ def transcript_of(samples, cfg, device):
 def word_error_rate(clips):
     """Words wrong, missing or too many in transcripts, as a share of the words of RAVDESS's statements."""
     distance = load_torchaudio().edit_distance
-    # torchaudio counts edits of sequences of anything, here of words.
-    true = clips["statement"].map(STATEMENTS).map(words_in)
-    found = clips["transcript"].map(lambda text: words_in(text) * bool(text))
+    # torchaudio counts edits of sequences of anything, here of words; of an empty transcript all are wrong.
+    true, found = clips["statement"].map(STATEMENTS).map(words_in), clips["transcript"].map(words_in)
     return sum(map(distance, true, found)) / true.map(len).sum()
 
 
@@ -4238,15 +4236,16 @@ def missing_clips(clips):
 def title_of_split(corpus, cfg):
     """What to call the split of a run, or those of several."""
     folds = cfg.folds.replace(",", ", ")
-    titles = dict.fromkeys(BY_SPEAKER, f"fold{'s' * (',' in folds)} {folds}") | {"random": "random split"}
-    return titles.get(corpus.split, "split of the manifest")
+    if corpus.split in BY_SPEAKER:
+        return f"fold{'s' * (',' in folds)} {folds}"
+    return "random split" if corpus.split == "random" else "split of the manifest"
 
 
 def describe_split(clips, corpus, run):
     """The clips and actors of each split, and how many actors stand in several, as one sentence."""
     texts = []
     for split in SPLITS:
-        part = clips[clips["split"] == split]
+        part = clips.query("split == @split")
         actors = " ".join(map(str, sorted(set(part["actor"]))))
         texts.append(f"{split} {len(part)} clips" + f" of actors {actors}" * bool(actors))
 
