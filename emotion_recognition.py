@@ -276,10 +276,10 @@ def source_code():
 def usage_error(parser, message):
     """Raise a UserError in place of argparse's SystemExit, which would end a notebook's cell in a dump."""
     hint = "--help lists every flag"
-    # In other messages the flag is right and its value is not.
-    typed = re.sub("unrecognized arguments: |[ =].*", "", message.lower())
     flags = re.findall(r"--[\w-]+", parser.format_help())
-    for meant in difflib.get_close_matches(typed, flags, 1, 0.7):
+    # A flag with a colon behind it is right, its value is not.
+    typed = re.findall(r"(?<!\S)--?[\w-]+(?=[ =]|$)", message.lower())
+    for meant in difflib.get_close_matches("".join(typed[:1]), flags, 1, 0.7):
         hint = f"did you mean {meant}?"
     raise UserError(f"{message} ({hint})")
 
