@@ -4254,9 +4254,10 @@ def describe_split(clips, corpus, run):
     other = clips["emotion"] != clips.get("sentence_emotion", clips["emotion"])
     why = {"text": f"other sentences than {run.split}", "half": "every other one"}.get(
         corpus.split, "since the bytes occur in an earlier split")
-    left, parts = len(corpus.clips) - len(clips), [span for span in clips.get("span", []) if span != WHOLE]
+    left = len(corpus.clips) - len(clips)
+    segments = sum(span != WHOLE for span in clips.get("span", []))
     texts += holding({
-        f"{plural(len(parts), 'segment')} of files": parts,
+        f"{plural(segments, 'segment')} of files": segments,
         "loss weighted by class": class_targets(clips.query("split == 'train'"), run).max() > 1,
         f"{plural(shared, 'actor')} in several splits": shared,
         f"{other.mean():.1%} of the clips with a sentence of another emotion ({run.sentence_noise:.1%} dealt "
