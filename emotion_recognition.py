@@ -613,8 +613,12 @@ def refuse_manifest(path, table, advice):
     for line, file in zip(table.itertuples(), files):
         start, end = line.span
         first = seen.setdefault((file, start, end), line.Index)
+        # Where else it may be meant to be: in the working folder, or where another machine had it.
+        places = line.file, Path(line.path), Path(path).parent / Path(line.path).name
+        there = next(filter(os.path.isfile, places), line.file)
         refuse_line(path, line.Index, {
             "it has no path": line.path == ".",  # how pathlib writes ""
+            f"{line.file} is not there, but {there} is": there != line.file,
             "it has no emotion": not line.emotion,
             f"{line.emotion!r} is the name of a column in tables of predictions": line.emotion in RESERVED,
             "it has no speaker, and other lines have one": named and not line.speaker,

@@ -6626,6 +6626,20 @@ def test_no_emotion_is_called_like_a_column_of_an_answer(name):
         er.list_manifest(path)
 
 
+@pytest.mark.parametrize(("place", "path", "other"), [
+    ("sound/a.wav", "sound/a.wav", "sound/a.wav"),  # begins in the working folder
+    ("tables/a.wav", r"C:\Users\me\a.wav", "tables/a.wav"),  # begins on another machine
+    ("tables/a.wav", "elsewhere/a.wav", "tables/a.wav"),
+])
+def test_a_manifest_whose_paths_begin_elsewhere_names_both_places(place, path, other):
+    touch(".", place, "tables/b.wav")
+    lines = "path,emotion", "b.wav,happy", f"{path},sad"
+    Path("tables/m.csv").write_text("\n".join(lines), encoding="utf-8")
+    tried = f"tables/{path}".replace("\\", "/")
+    assert refusal_of("--manifest", "tables/m.csv").startswith(
+        f"tables/m.csv line 3: {tried} is not there, but {other} is: ")
+
+
 def test_paths_of_a_manifest_start_in_its_folder():
     relative, absolute = Path("deep/sound/a.wav"), Path.cwd() / "deep/sound/b.wav"
     lines = f"sound/a.wav,happy\n{absolute},sad"
