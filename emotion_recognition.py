@@ -3874,30 +3874,29 @@ class Predictor:
 
     def as_a_whole(self, windows, log_probs):
         """The table of `predict` from log-probabilities of the windows of one recording."""
-        answers = predict(log_probs, windows, self.calibration, self.cfg)
-        answers = answers or {self.first: np.full((1, len(self.classes)), np.nan)}
-        names = [name for name in self.thresholds if name in answers]
-        thresholds = [self.thresholds[name] for name in names]
-        table = self.table(np.concatenate([answers[name] for name in names]), thresholds, bool(log_probs))
+        table = self.answers(windows, log_probs)
         table["gate"] = windows["gate"][windows["voiced"].idxmax()]
-        table["note"] = [self.note_of(name, windows) for name in names]
-        table.index = pd.Index([SYSTEMS[name].title for name in names], name="model")
-        return table
+        table["note"] = [self.note_of(name, windows) for name in table.index]
+        return table.rename(lambda name: SYSTEMS[name].title).rename_axis("model")
 
     def over_time(self, windows, log_probs):
         """The table of `predict_over_time` from log-probabilities of the windows of one recording."""
         # Each window is a clip of its own.
-        answers = predict(log_probs, windows.assign(clip=windows.index), self.calibration, self.cfg)
-        first = answers.get(self.first, np.full((len(windows), len(self.classes)), np.nan))
-        table = self.table(first, self.thresholds[self.first], windows["voiced"] > 0)
-        return windows[["start", "end", "voiced"]].join(table)
+        table = self.answers(windows.assign(clip=windows.index), log_probs).loc[[self.first]]
+        return windows[["start", "end", "voiced"]].join(table.reset_index(drop=True))
 
-    def table(self, probabilities, thresholds, speech):
-        """A DataFrame with a line per row of probabilities (N, C): what it `predicted`, and if `unsure`."""
-        predicted = np.array(self.classes, object)[probabilities.argmax(axis=1)]
-        table = pd.DataFrame({"predicted": np.where(speech, predicted, NO_SPEECH)})
-        table["unsure"] = probabilities.max(axis=1) < thresholds
-        return table.join(pd.DataFrame(probabilities, columns=self.classes))
+    def answers(self, windows, log_probs):
+        """A line per system, its name the index, and clip of some windows: the first columns of `predict`."""
+        found = predict(log_probs, windows, self.calibration, self.cfg)
+        speech = windows.groupby("clip", sort=False)["voiced"].max() > 0
+        found = found or {self.first: np.full((len(speech), len(self.classes)), np.nan)}
+        tables = {name: pd.DataFrame(found[name], columns=self.classes)
+                  for name in self.thresholds if name in found}
+        table = pd.concat(tables).droplevel(1)
+        predicted = table.fillna(0).idxmax(axis=1).where(np.tile(speech, len(tables)), NO_SPEECH)
+        table.insert(0, "unsure", table.max(axis=1) < table.index.map(self.thresholds))
+        table.insert(0, "predicted", predicted)
+        return table
 
     def note_of(self, name, windows):
         """What must be said beside the answers of a system to some windows; "" if nothing."""
