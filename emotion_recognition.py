@@ -4140,8 +4140,7 @@ def synthesize(emotion, actor, rng, rate):
 
 def write_demo_corpus(folder, actors=range(1, 25), statements=(1, 2)):
     """Write synthetic clips under RAVDESS names, one per actor, emotion and statement, if missing."""
-    def write(codes):
-        """Write the clip of one actor, emotion and statement."""
+    for codes in itertools.product(actors, range(1, 9), statements):
         path = Path(folder, "Actor_{0:02}/03-01-{1:02}-01-{2:02}-01-{0:02}.wav".format(*codes))
         if not path.exists():
             actor, emotion, _ = codes
@@ -4149,21 +4148,18 @@ def write_demo_corpus(folder, actors=range(1, 25), statements=(1, 2)):
             with replacing(path) as temporary:
                 soundfile.write(temporary, samples, 16000, "PCM_16")
 
-    in_parallel(write, itertools.product(actors, range(1, 9), statements), "Synthetic clips")
-
 
 def write_demo_encoder(folder):
     """Write a small, untrained DistilBERT that knows the words of the sentence bank, in the usual layout."""
-    if Path(folder, "model.safetensors").exists():
+    if Path(folder).exists():
         return
     transformers = load_transformers()
     # A vocabulary of whole words: every sentence of the bank can be read.
-    words = sorted(set(words_in(" ".join(itertools.chain(*sentence_bank().values())))))
+    words = sorted(set(words_in(" ".join(SENTENCES.values()))))
     tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *".,?!'", *words]
     torch.manual_seed(0)
     config = transformers.DistilBertConfig(vocab_size=len(tokens), dim=64, n_layers=2, n_heads=4,
                                            hidden_dim=128)
-    shutil.rmtree(folder, ignore_errors=True)  # an incomplete one
     with replacing(folder) as temporary:
         transformers.DistilBertModel(config).save_pretrained(temporary)
         Path(temporary, "vocab.txt").write_text("\n".join(tokens), encoding="utf-8")
