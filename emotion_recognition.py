@@ -3652,18 +3652,18 @@ RECORDINGS = {*AUDIO_SUFFIXES, *".m4a .aac .opus .aif .aiff .au .caf .wma .webm 
               .split()}
 # Settings that shape no training.
 FREE = "phase output_dir device download input ask_systems text json reuse_edited given".split()
-ENCODERS = "whisper_model", "whisper_language", "speech_encoder"  # which a prediction may take from elsewhere
-OF_PREDICTOR = *ENCODERS, "ask_systems", "channel", "test_views"
+# Those of a Predictor, and all that --phase predict has a use for.
+OF_PREDICTOR = "whisper_model", "whisper_language", "speech_encoder", "ask_systems", "channel", "test_views"
 PREDICTS_WITH = {*OF_PREDICTOR, *"phase output_dir device input text json demo".split()}
 
 
 def checkpoints_together(cfg):
     """The Checkpoints of OUTPUT_DIR by system, but for those that were not trained beside the first one.
 
-    Each one passed over is named once, since the others can answer. Raises UserError when there is none.
+    Each one passed over is named once, since the others can answer. Raises UserError when none can.
     """
     # The first one decides who belongs together: same seed, same clips, same parts.
-    found, runs = {}, sorted(Path(cfg.output_dir).glob("fold_*_seed_*/*_best.pth"))
+    found = {}
     for name in (name for name in TRAINED if file_of(cfg, name).exists()):
         with only_warning(not found):
             checkpoint = read_checkpoint(cfg, name)
@@ -3673,15 +3673,15 @@ def checkpoints_together(cfg):
             change = differences(checkpoint.fingerprint, beside)
             refuse({f"{file_of(cfg, name)} was not trained with the models beside it ({change}): "
                     f"{TRAIN_AGAIN}": change})
-            saved = cfg._asdict() | checkpoint.settings
-            asked = {key: saved[key] for key in set(ENCODERS).difference(cfg.given)}
-            SYSTEMS[name].kind.check(checkpoint.spec, cfg._replace(**asked))
+            SYSTEMS[name].kind.check(checkpoint.spec, as_trained(cfg, checkpoint.settings))
             found[name] = checkpoint
-    several = runs and (not found or len(saved_in(cfg.output_dir, "calibration", {})) > 1)
-    first = next(iter(runs), Path()).parent
-    refuse({f"{cfg.output_dir} holds several runs: name one of them, --output-dir {first}": several,
-            f"{cfg.output_dir} holds no trained model: {TRAIN_AGAIN}": not found})
     return found
+
+
+def as_trained(cfg, saved, keys=Settings._fields):
+    """Settings with those of a training that stand among `keys`, but for what was given or shapes none."""
+    taken = set(cfg._fields).intersection(keys, saved).difference(FREE, cfg.given, ["test_views"])
+    return cfg._replace(**{key: saved[key] for key in taken})
 
 
 def refuse_contradictions(cfg, saved, encoder, where):
@@ -3701,23 +3701,31 @@ def refuse_contradictions(cfg, saved, encoder, where):
 
 
 # Beside this file lies a SpeechEncoder that archive/head.py trained on all of RAVDESS.
-SHIPPED = Path("archive", f"{SYSTEMS['speech'].file}_best.pth")
+SHIPPED = Path("archive/SpeechEncoder_best.pth")
 # A recording is no speech when Whisper's no-speech probability is above this. Clips of RAVDESS and synthetic
 # music and noise lie on either side: see archive/RESULTS.md.
 NO_SPEECH_ABOVE = 0.5
 
 
 def folder_of_models(cfg):
-    """OUTPUT_DIR, or that of the SpeechEncoder which comes with this file, if none is trained or named."""
-    folder = Path(cfg.output_dir)
+    """OUTPUT_DIR, or that of the SpeechEncoder which comes with this file, if none is trained or named.
+
+    Raises UserError when it holds no models, or several runs.
+    """
+    folder = cfg.output_dir
     # That of the demo, one folder further down, is not meant.
-    trained = [*folder.glob("*_best.pth"), *folder.glob("fold_*/*_best.pth")]
-    if trained or "output_dir" in cfg.given:
+    runs = sorted(Path(folder).glob("fold_*_seed_*/*_best.pth"))
+    trained = any(file_of(cfg, name).exists() for name in TRAINED)
+    if runs or trained or "output_dir" in cfg.given:
+        several = runs and (not trained or len(saved_in(folder, "calibration", {})) > 1)
+        first = next(iter(runs), Path()).parent
+        refuse({f"{folder} holds several runs: name one of them, --output-dir {first}": several,
+                f"{folder} holds no trained model: {TRAIN_AGAIN}": not trained})
         return folder
     shipped = Path(globals().get("__file__", "")).parent / SHIPPED
     refuse({f"{folder} holds no trained model, and {shipped}, which comes with this file, is not there: "
             f"fetch it, or {TRAIN_AGAIN}": not shipped.exists()})
-    return shipped.parent
+    return str(shipped.parent)
 
 
 def choose_first(checkpoints, calibration, cfg):
@@ -3769,7 +3777,7 @@ class Predictor:
         if output_dir:
             settings["output_dir"] = str(output_dir)
         cfg = parse_settings([])._replace(phase="predict", device=device, given=tuple(settings), **settings)
-        cfg = cfg._replace(output_dir=str(folder_of_models(cfg)))
+        cfg = cfg._replace(output_dir=folder_of_models(cfg))
         self.checkpoints, self.device, self.models = checkpoints_together(cfg), pick_device(cfg), {}
         self.classes = next(iter(self.checkpoints.values())).classes
         self.calibration = calibrate(self.checkpoints, cfg)
@@ -3779,11 +3787,9 @@ class Predictor:
 
         # What a training depends on is as that training had it, other settings as the last one.
         *_, last = self.checkpoints.values()
-        saved = cfg._asdict() | last.settings
+        self.cfg = as_trained(cfg, last.settings)
         for checkpoint in self.checkpoints.values():
-            saved |= {key: checkpoint.settings[key] for key in checkpoint.fingerprint.keys() & saved}
-        trained = set(cfg._fields).difference(FREE, settings, ["test_views"])
-        self.cfg = cfg._replace(**{key: saved[key] for key in trained})
+            self.cfg = as_trained(self.cfg, checkpoint.settings, checkpoint.fingerprint)
         self.has_whisper = whisper_loads(self.cfg, self.device)
 
     def predict(self, recording, sampling_rate=None, text=None):
