@@ -3716,16 +3716,16 @@ def folder_of_models(cfg):
     # That of the demo, one folder further down, is not meant.
     runs = sorted(Path(folder).glob("fold_*_seed_*/*_best.pth"))
     trained = any(file_of(cfg, name).exists() for name in TRAINED)
-    if runs or trained or "output_dir" in cfg.given:
-        several = runs and (not trained or len(saved_in(folder, "calibration", {})) > 1)
-        first = next(iter(runs), Path()).parent
-        refuse({f"{folder} holds several runs: name one of them, --output-dir {first}": several,
-                f"{folder} holds no trained model: {TRAIN_AGAIN}": not trained})
-        return folder
-    shipped = Path(globals().get("__file__", "")).parent / SHIPPED
-    refuse({f"{folder} holds no trained model, and {shipped}, which comes with this file, is not there: "
-            f"fetch it, or {TRAIN_AGAIN}": not shipped.exists()})
-    return str(shipped.parent)
+    if not (runs or trained or "output_dir" in cfg.given):
+        shipped = Path(globals().get("__file__", "")).parent / SHIPPED
+        refuse({f"{folder} holds no trained model, and {shipped}, which comes with this file, is not there: "
+                f"fetch it, or {TRAIN_AGAIN}": not shipped.exists()})
+        return str(shipped.parent)
+
+    if runs and (not trained or len(saved_in(folder, "calibration", {})) > 1):
+        raise UserError(f"{folder} holds several runs: name one of them, --output-dir {runs[0].parent}")
+    refuse({f"{folder} holds no trained model: {TRAIN_AGAIN}": not trained})
+    return folder
 
 
 def choose_first(checkpoints, calibration, cfg):
