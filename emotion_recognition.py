@@ -3840,7 +3840,8 @@ class Predictor:
         try:
             clip = load_clip(samples, self.cfg, rate)
         except Silence:
-            clip = Clip(np.zeros((1, 1)), np.zeros(1, np.float32), np.zeros(1), "")
+            silent = {"clip": [""], "start": 0.0, "end": len(samples) / rate, "voiced": 0.0, "gate": "silent"}
+            return pd.DataFrame(silent), None
         unknown = pd.Categorical([None], self.classes)
         windows = windows_of(pd.DataFrame([clip]).assign(clip="", emotion=unknown), self.cfg)
         heard = soxr.resample(clip.samples, self.cfg.sampling_rate, 16000)
@@ -3851,21 +3852,18 @@ class Predictor:
 
     def gate(self, clip, windows, heard):
         """Whether there is speech in the windows of a clip, heard at 16 kHz, and who says so."""
-        if len(clip.mel) < LEAST:
-            return False, "silent"
         if not self.has_whisper:
             spread = spread_of(level_of(clip.mel))
             return spread > STEADY, f"level, which moves by {spread:.0f} dB"
 
         # Whisper knows better, for each 30 s of what is heard.
+        ask = functools.partial(decode_with_whisper, cfg=self.cfg, device=self.device, sample_len=1)
         blocks = np.split(heard, range(480000, len(heard), 480000))
-        found = [decode_with_whisper(block, self.cfg, self.device, sample_len=1) for block in blocks]
-        probabilities = np.array([result.no_speech_prob for result in found])
+        probabilities = np.array([ask(block).no_speech_prob for block in blocks])
         begins = np.searchsorted(clip.seconds, windows["start"]) * self.cfg.hop_length  # in samples
         each = probabilities[(begins / self.cfg.sampling_rate // 30).astype(int)]
         return each < NO_SPEECH_ABOVE, list(map("Whisper, no-speech probability {:.2f}".format, each))
 
-    @single_precision()
     def ask(self, windows):
         """What each model says to some windows, as `infer` gives it, by name."""
         # Weights are read when they are first needed: a recording without words needs no text encoder.
