@@ -3928,16 +3928,19 @@ def recordings_in(cfg):
     found = map(Path, glob.glob(cfg.input, recursive=True))  # noqa: PTH207, which takes no absolute pattern
     if path.is_dir() and cfg.input:
         found = audio_files(path, ())
-    for file in sorted(file for file in found if not file.is_dir()):
-        name = printable(file.as_posix().removeprefix(f"{path.as_posix()}/"))
-        suffix = file.suffix.lower()
-        reason, *_ = holding({
-            "hidden": file.name.startswith("."),  # a note of the system, such as ._a.wav
-            "broken link": not file.is_file(),
-            "": suffix in RECORDINGS,
-            printable(suffix) or "no suffix": True})
-        passed += [reason] * bool(reason)
-        recordings += [Recording(name, file)] * (not reason)
+    for file in sorted(found):
+        suffix = printable(file.suffix.lower())
+        if file.is_dir():
+            continue
+        if file.name.startswith("."):  # a note of the system, such as ._a.wav
+            passed.append("hidden")
+        elif not file.is_file():
+            passed.append("broken link")
+        elif suffix in RECORDINGS:
+            name = file.as_posix().removeprefix(f"{path.as_posix()}/")
+            recordings.append(Recording(printable(name), file))
+        else:
+            passed.append(suffix or "no suffix")
 
     if passed:
         print(f"Not answered: {counted(pd.Series(passed))}", file=sys.stderr)
@@ -3952,18 +3955,20 @@ def recordings_in(cfg):
 def recordings_listed(path):
     """The Recordings of a table with a column path and maybe text, start and end (s). Raises UserError."""
     advice = "mend it or name another --input"
-    rows = read_table(path, ["path"], [], advice, others=True).to_dict("records")
-    refuse({f"{path} lists no recordings: {advice}": not rows})
-    names = [" ".join(row.get(key, "") for key in ("path", "start", "end")).strip() for row in rows]
-    files = [path.parent / PureWindowsPath(row["path"]).as_posix() for row in rows]
-    return list(map(Recording, names, files, rows))
+    recordings = []
+    for row in read_table(path, ["path"], [], advice, others=True).to_dict("records"):
+        name = " ".join([row["path"], row.get("start", ""), row.get("end", "")]).strip()
+        file = path.parent / PureWindowsPath(row["path"]).as_posix()
+        recordings.append(Recording(name, file, row))
+    refuse({f"{path} lists no recordings: {advice}": not recordings})
+    return recordings
 
 
 def answer_recording(recording, predictor, cfg, folder):
-    """All answers for one recording, a line per system; a long one leaves a table and a plot of its windows.
+    """All answers for one recording, a dict of columns with a line per system. Raises AudioError.
 
-    Columns: error, model, predicted, unsure, a probability per emotion, gate, note, text, text_source,
-    over_time (the path of that table). Raises AudioError.
+    They are those of `predict`, text, text_source and over_time: the path of a table of its windows, which
+    a long one leaves with a plot.
     """
     row = recording.row
     span = float(row.get("start") or 0), float(row.get("end") or math.inf)
@@ -4566,8 +4571,8 @@ def shared_emotions(corpus, classes, cfg):
     refuse({f"{cfg.manifest} has {', '.join(shared) or 'no emotion'} in common with the models of "
             f"{cfg.output_dir}, fewer than two of {', '.join(classes)}: see --manifest and --merge":
             len(shared) < 2})
-    clips = corpus.clips[corpus.clips["emotion"].isin(shared)].reset_index(drop=True)
-    clips = clips.assign(split="test", emotion=clips["emotion"].cat.set_categories(shared))
+    emotions = corpus.clips["emotion"].cat.set_categories(shared)
+    clips = corpus.clips.assign(split="test", emotion=emotions).dropna(subset="emotion", ignore_index=True)
     words = "manifest" if "transcript" in clips else f"{cfg.manifest} has no column transcript"
     return replace(corpus, clips=clips, words=words, split="manifest")
 
