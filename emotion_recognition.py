@@ -3987,12 +3987,12 @@ def answer_recording(recording, predictor, cfg, folder):
             course = predictor.over_time(windows, log_probs)
             over_time = save_course(recording.name, course, predictor, folder)
     table = predictor.as_a_whole(windows, log_probs).reset_index()
-    text = windows.get("transcript", pd.Series([None]))[0]
-    return table.assign(error="", text=text, text_source=source, over_time=over_time)
+    text = windows.get("transcript", [None])[0]
+    return dict(table) | {"text": text, "text_source": source, "over_time": over_time}
 
 
 def answer_or_reason(recording, predictor, cfg, folder):
-    """What `answer_recording` returns, or a line with the error, which ends no batch."""
+    """What `answer_recording` returns, or one line with the error, which ends no batch."""
     single = recording.path == Path(cfg.input)
     try:
         return answer_recording(recording, predictor, cfg, folder)
@@ -4001,7 +4001,7 @@ def answer_or_reason(recording, predictor, cfg, folder):
             raise
         reason = printable(str(error) or type(error).__name__)
     refuse({f"{cfg.input} cannot be used ({reason}): name another --input": single})
-    return pd.DataFrame({"error": [reason], "key": ""})  # without a key it is tried again
+    return {"error": [reason], "key": ""}  # without a key it is tried again
 
 
 def plain_name(name, key):
@@ -4054,7 +4054,9 @@ def start_table(path, columns, keys):
         found = pd.read_csv(path, dtype=str, keep_default_na=False, engine="python")[columns]
         unfit = found.loc[~found["key"].isin(keys), "recording"]
         before = found[~found["recording"].isin(unfit)]
-    save(path, before)
+    with only_warning():
+        save(path, before)
+        print(f"Answers go to {path}", file=sys.stderr)
     return set(before["key"])
 
 
@@ -4070,20 +4072,18 @@ def predict_phase(cfg):
     recordings, predictor = recordings_in(cfg), predictor_of(cfg)
     keys = [key_of(recording, predictor, cfg) for recording in recordings]
     columns = columns_of(recordings, predictor.classes)
-    folder, done = folder_of_answers(cfg), set()
+    folder = folder_of_answers(cfg)
     path = Path(f"{folder}.csv")
-    with only_warning():
-        # A single file is answered each time.
-        done = start_table(path, columns, keys * (recordings[0].path != Path(cfg.input)))
-        print(f"Answers go to {path}", file=sys.stderr)
-
+    # A single file is answered each time.
+    done = start_table(path, columns, keys * (recordings[0].path != Path(cfg.input)))
+    caveats = "; ".join(predictor.caveats)
     title = f"Recordings, {len(done)} of {len(keys)} answered before"
     for recording, key in zip(tqdm(recordings, title, disable=len(keys) < 2), keys):
         if key in done:
             continue
-        lines = answer_or_reason(recording, predictor, cfg, folder)
-        known = {"recording": recording.name, "caveats": "; ".join(predictor.caveats), "key": key}
-        lines = pd.DataFrame(recording.row | known | dict(lines), columns=columns)
+        answer = answer_or_reason(recording, predictor, cfg, folder)
+        known = {"recording": recording.name, "error": "", "caveats": caveats, "key": key}
+        lines = pd.DataFrame(recording.row | known | answer, columns=columns)
         lines = lines.replace(r"[\r\n]+", " ", regex=True)  # a line each, also where a kill cuts
         with tqdm.external_write_mode():
             if cfg.json:
