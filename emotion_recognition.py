@@ -3692,7 +3692,7 @@ def refuse_contradictions(cfg, saved, encoder, where):
     for key in cfg.given:
         if key in FREE:
             continue
-        asked, found = getattr(cfg, key), saved.get(key, "no such setting")
+        asked, found = getattr(cfg, key), saved[key]
         same = Path(str(asked)).resolve() == Path(str(found)).resolve()  # ./a is a
         if key == "bert_model" and encoder and Path(asked).is_dir():
             same = encoder_digest(asked) == encoder
@@ -3907,7 +3907,7 @@ class Predictor:
         models = [self.checkpoints[model] for model in (name, *SYSTEMS[name].parts)
                   if model in self.checkpoints]
         known = set().union(*(model.spec.get("vocabulary", ()) for model in models)) - {"<unk>"}
-        said = words_in(" ".join(windows.get("transcript", [])))
+        said = words_in(windows.get("transcript", [""])[0])
         return ", ".join(holding({
             "trained on simulated sentences": "simulated" in [model.words for model in models],
             "it knows none of these words": known and known.isdisjoint(said),
@@ -3964,7 +3964,7 @@ def recordings_listed(path):
     return recordings
 
 
-def answer_recording(recording, predictor, cfg, folder):
+def answer_recording(recording, predictor, cfg):
     """All answers for one recording, a dict of columns with a line per system. Raises AudioError.
 
     They are those of `predict`, text, text_source and over_time: the path of a table of its windows, which
@@ -3985,17 +3985,17 @@ def answer_recording(recording, predictor, cfg, folder):
     if len(windows) > 1 and log_probs and not reads_words(predictor.first):
         with only_warning():
             course = predictor.over_time(windows, log_probs)
-            over_time = save_course(recording.name, course, predictor, folder)
+            over_time = save_course(recording.name, course, predictor, folder_of_answers(cfg))
     table = predictor.as_a_whole(windows, log_probs).reset_index()
     text = windows.get("transcript", [None])[0]
     return dict(table) | {"text": text, "text_source": source, "over_time": over_time}
 
 
-def answer_or_reason(recording, predictor, cfg, folder):
+def answer_or_reason(recording, predictor, cfg):
     """What `answer_recording` returns, or one line with the error, which ends no batch."""
     single = recording.path == Path(cfg.input)
     try:
-        return answer_recording(recording, predictor, cfg, folder)
+        return answer_recording(recording, predictor, cfg)
     except Exception as error:  # decoders, torch and a full memory raise many kinds
         if single and type(error) is UserError:
             raise
@@ -4072,16 +4072,16 @@ def predict_phase(cfg):
     recordings, predictor = recordings_in(cfg), predictor_of(cfg)
     keys = [key_of(recording, predictor, cfg) for recording in recordings]
     columns = columns_of(recordings, predictor.classes)
-    folder = folder_of_answers(cfg)
-    path = Path(f"{folder}.csv")
+    path = Path(f"{folder_of_answers(cfg)}.csv")
     # A single file is answered each time.
     done = start_table(path, columns, keys * (recordings[0].path != Path(cfg.input)))
+
     caveats = "; ".join(predictor.caveats)
     title = f"Recordings, {len(done)} of {len(keys)} answered before"
     for recording, key in zip(tqdm(recordings, title, disable=len(keys) < 2), keys):
         if key in done:
             continue
-        answer = answer_or_reason(recording, predictor, cfg, folder)
+        answer = answer_or_reason(recording, predictor, cfg)
         known = {"recording": recording.name, "error": "", "caveats": caveats, "key": key}
         lines = pd.DataFrame(recording.row | known | answer, columns=columns)
         lines = lines.replace(r"[\r\n]+", " ", regex=True)  # a line each, also where a kill cuts
