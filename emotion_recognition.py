@@ -3700,8 +3700,6 @@ def refuse_contradictions(cfg, saved, encoder, where):
                 "train with --phase all": not same})
 
 
-# Beside this file lies a SpeechEncoder that archive/head.py trained on all of RAVDESS.
-SHIPPED = Path("archive/SpeechEncoder_best.pth")
 # A recording is no speech when Whisper's no-speech probability is above this. Clips of RAVDESS and synthetic
 # music and noise lie on either side: see archive/RESULTS.md.
 NO_SPEECH_ABOVE = 0.5
@@ -3717,7 +3715,8 @@ def folder_of_models(cfg):
     runs = sorted(Path(folder).glob("fold_*_seed_*/*_best.pth"))
     trained = any(file_of(cfg, name).exists() for name in TRAINED)
     if not (runs or trained or "output_dir" in cfg.given):
-        shipped = Path(globals().get("__file__", "")).parent / SHIPPED
+        # archive/head.py trained it on all of RAVDESS.
+        shipped = Path(globals().get("__file__", "")).parent / "archive/SpeechEncoder_best.pth"
         refuse({f"{folder} holds no trained model, and {shipped}, which comes with this file, is not there: "
                 f"fetch it, or {TRAIN_AGAIN}": not shipped.exists()})
         return str(shipped.parent)
@@ -3857,9 +3856,9 @@ class Predictor:
             return spread > STEADY, f"level, which moves by {spread:.0f} dB"
 
         # Whisper knows better, for each 30 s of what is heard.
-        ask = functools.partial(decode_with_whisper, cfg=self.cfg, device=self.device, sample_len=1)
+        decode = functools.partial(decode_with_whisper, cfg=self.cfg, device=self.device, sample_len=1)
         blocks = np.split(heard, range(480000, len(heard), 480000))
-        probabilities = np.array([ask(block).no_speech_prob for block in blocks])
+        probabilities = np.array([decode(block).no_speech_prob for block in blocks])
         begins = np.searchsorted(clip.seconds, windows["start"]) * self.cfg.hop_length  # in samples
         each = probabilities[(begins / self.cfg.sampling_rate // 30).astype(int)]
         return each < NO_SPEECH_ABOVE, list(map("Whisper, no-speech probability {:.2f}".format, each))
@@ -4052,8 +4051,8 @@ def start_table(path, columns, keys):
     # A kill may have cut off the last line: pandas' own parser would then read nothing.
     with contextlib.suppress(OSError, ValueError, KeyError):
         found = pd.read_csv(path, dtype=str, keep_default_na=False, engine="python")[columns]
-        unfit = found.loc[~found["key"].isin(keys), "recording"]
-        before = found[~found["recording"].isin(unfit)]
+        whole = found["key"].isin(keys).groupby(found["recording"]).transform("all")
+        before = found[whole]
     with only_warning():
         save(path, before)
         print(f"Answers go to {path}", file=sys.stderr)
@@ -4115,7 +4114,7 @@ def print_answer(lines, classes):
         note, unsure = " ({note})" * bool(line["note"]), ", unsure" * int(line["unsure"])
         form = "  {model}" + note + ": {predicted} {:.1%}" + unsure
         print(form.format(line[line["predicted"]], **line))
-    said = ": {text!r}" * (first["text"] is not None)
+    said = ": {text!r}" * isinstance(first["text"], str)
     over_time = "\n  Over time: {over_time} and .png beside it" * bool(first["over_time"])
     print(("  {model}. Speech: {gate}\n  Words: {text_source}" + said + over_time).format_map(first))
 
