@@ -3869,8 +3869,7 @@ class Predictor:
         able = [name for name in self.thresholds if "transcript" in windows or not reads_words(name)]
         refuse({f"all models of {self.cfg.output_dir} read words: say with --text what is said, or name a "
                 "table with a column transcript": not able})
-        parts = itertools.chain.from_iterable(SYSTEMS[name].parts for name in able)
-        names = self.checkpoints.keys() & {*able, *parts}
+        names = self.checkpoints.keys() & set(able).union(*(SYSTEMS[name].parts for name in able))
         for name in names.difference(self.models):
             self.models[name] = restore(self.checkpoints[name]).to(self.device)
         return {name: infer(self.models[name], windows, self.cfg, self.device) for name in names}
@@ -4012,8 +4011,8 @@ def save_course(name, course, predictor, folder):
     """Write the table and the plot of a recording over time; returns the path of the table as text."""
     path = Path(folder, f"{plain_name(name, name)}.csv")
     save_table(path, course, predictor.caveats)
-    course = course.set_index("end")[predictor.classes]
-    axis = course.plot.area(figsize=(9, 3.5), xlabel="seconds", ylabel="probability")
+    axis = course.plot.area("end", predictor.classes, figsize=(9, 3.5), xlabel="seconds",
+                            ylabel="probability")
     legend_beside(axis, reverse=True)  # in the order of the stack
     save_figure(axis.figure, path.with_suffix(".png"), predictor.caveats,
                 f"Emotion over time, {SYSTEMS[predictor.first].title}: {name}", words=False)
