@@ -2732,12 +2732,11 @@ def calibrate(checkpoints, cfg):
     """What validation decides, by system: the temperature of a model, the weights of a learned fusion."""
     windows, log_probs, labels = log_probs_of(checkpoints, ["validation"])
     each = labels_of(windows["emotion"], next(iter(checkpoints.values())).classes)  # that of its clip
-    calibration = {}
+    calibration = {name: fit_temperature(mean_of_views(log_probs[name], cfg), each) for name in log_probs}
+
+    answers = predict(log_probs, windows, calibration, cfg)
     for name, system in SYSTEMS.items():
-        if name in log_probs:
-            calibration[name] = fit_temperature(mean_of_views(log_probs[name], cfg), each)
-        elif system.kind is weighted and set(system.parts) <= set(log_probs):
-            answers = predict(log_probs, windows, calibration, cfg)
+        if system.kind is weighted and set(system.parts) <= set(answers):
             logs = np.log(np.stack([answers[part] for part in system.parts]).clip(1e-7))
             calibration[name] = fit_fusion_weights(logs, labels).tolist()
     return calibration
@@ -2832,18 +2831,17 @@ def predictions_table(answers, clips, classes, **run):
 
 
 def with_ensembles(table, classes):
-    """The predictions of all runs, and of an ensemble of the seeds of each fold, calibrated on validation."""
+    """The predictions of all runs, and of AudioCNN's seeds as one in each fold, calibrated on validation."""
     tables = [table]
-    for name in (name for name, system in SYSTEMS.items() if system.kind is ensemble):
-        for fold, seeds in table[table["system"].isin(SYSTEMS[name].parts)].groupby("fold"):
-            if seeds["seed"].nunique() == 1:
-                continue
-            clips = seeds.drop_duplicates("clip")
-            logs = np.log(seeds[classes].clip(1e-7)).groupby(seeds["clip"], sort=False).mean().to_numpy()
-            held_out = (clips["split"] == "validation").to_numpy()
-            temperature = fit_temperature(logs[held_out], labels_of(clips["emotion"], classes)[held_out])
-            tables.append(predictions_table({name: ensemble(logs, temperature)}, clips, classes, fold=fold,
-                                            seed=seeds["seed"].min()))
+    for fold, seeds in table.query("system == 'cnn'").groupby("fold"):
+        if seeds["seed"].nunique() == 1:
+            continue
+        clips = seeds.drop_duplicates("clip")
+        logs = np.log(seeds[classes].clip(1e-7)).groupby(seeds["clip"], sort=False).mean().to_numpy()
+        held_out = (clips["split"] == "validation").to_numpy()
+        temperature = fit_temperature(logs[held_out], labels_of(clips["emotion"], classes)[held_out])
+        answers = {"cnn_ensemble": ensemble(logs, temperature)}
+        tables.append(predictions_table(answers, clips, classes, fold=fold, seed=seeds["seed"].min()))
     return pd.concat(tables, ignore_index=True)
 
 
@@ -2877,6 +2875,11 @@ class Results:
     def test(self):
         """The predictions of the test split."""
         return self.predictions.query("split == 'test'")
+
+    @property
+    def by_system(self):
+        """The pairs of a system and its predictions of the test split."""
+        return self.test.groupby("system", sort=False)
 
 
 RESULT_KEYS = set("corpus subject date command settings versions caveats classes titles oracles "
@@ -2929,7 +2932,7 @@ def test_uar(results, *by):
 
 
 def score(table, classes):
-    """Clips, accuracy, UAR, macro-F1, NLL and ECE of rows of predictions, as a dict of builtins."""
+    """Clips, accuracy, UAR, macro-F1, NLL and ECE of rows of predictions, as a dict."""
     true, predicted = (labels_of(table[column], classes) for column in ("emotion", "predicted"))
     # Counts for each class, (C,): scikit-learn's checks of its arguments take ten times as long as this.
     there, named, right = (np.bincount(labels, minlength=len(classes))
@@ -2942,17 +2945,18 @@ def score(table, classes):
     answered = probabilities[np.arange(len(table)), true]
     nll = np.log(probabilities.sum(axis=1) / answered)
     bins = reliability(table, classes)
+    ece = np.average(abs(bins["confidence"] - bins["right"]), weights=bins["clips"])
     # The ECE to expect by chance when every confidence is right is that of binomial counts in every bin.
     variance = bins["confidence"] * (1 - bins["confidence"]) / bins["clips"]  # of the share right
     if_perfect = np.average(np.sqrt(2 * variance / math.pi), weights=bins["clips"])
     return {
         "clips": len(table),
-        "accuracy": float((true == predicted).mean()),
+        "accuracy": (true == predicted).mean(),
         "uar": recall(true, predicted),
-        "macro_f1": float(f1.mean()),
-        "nll": float(nll.mean()),
-        "ece": calibration_error(bins),
-        "ece_if_perfect": float(if_perfect),
+        "macro_f1": f1.mean(),
+        "nll": nll.mean(),
+        "ece": ece,
+        "ece_if_perfect": if_perfect,
     }
 
 
@@ -2970,11 +2974,6 @@ def reliability(table, classes, bins=15):
     answers = pd.DataFrame({"confidence": confidence, "right": table["emotion"] == table["predicted"]})
     groups = answers.groupby(which)
     return groups.mean().assign(clips=groups.size())
-
-
-def calibration_error(bins):
-    """ECE: mean distance of confidence and accuracy over the bins of `reliability`, weighted by size."""
-    return float(np.average(abs(bins["confidence"] - bins["right"]), weights=bins["clips"]))
 
 
 def uar_of(table):
@@ -3020,7 +3019,7 @@ def bootstrap(results):
     the difference of two columns is a paired bootstrap.
     """
     uars = {}
-    for system, part in results.test.groupby("system", sort=False):
+    for system, part in results.by_system:
         voices = voices_of(part)
         weights = resampled(voices, voices)
         if system in results.config["oracles"]:
@@ -3291,7 +3290,7 @@ def plot_samples(clips, subject, cfg, caveats):
     decibels = np.hstack(windows.squeeze(1).numpy()) * 10 / math.log(10)  # (M, N * T)
     # Mel bands are evenly spaced in log(1 + kHz / 0.7).
     low, high = np.log1p([0.05 / 0.7, cfg.sampling_rate / 1400])
-    figure = plt.figure(figsize=(8.5, 4.5), layout="constrained")
+    figure = plt.figure(figsize=(8.5, 4.5))
     plt.imshow(decibels, aspect="auto", origin="lower", extent=(0, len(samples), low, high))
     plt.colorbar(label="dB")
     plt.gca().yaxis.set_major_formatter(lambda mel, _: f"{0.7 * math.expm1(mel):.1f} kHz")
@@ -3338,7 +3337,7 @@ def plot_reliability(results):
     """How often each system is right on test clips, by its confidence; ideally on the diagonal."""
     import seaborn as sns
     bins = {results.titles[name]: reliability(part, results.classes)
-            for name, part in results.test.groupby("system", sort=False)}
+            for name, part in results.by_system}
     # Fewer clips say nothing of how often a system is right.
     lines = pd.concat(bins, names=["system", "bin"]).query("clips >= 5").reset_index()
     if lines.empty:
@@ -3353,22 +3352,20 @@ def plot_reliability(results):
 
 def plot_coverage(results):
     """The test UAR of the answers that are left when the least confident ones are withheld."""
-    figure = plt.figure(figsize=(8, 4))
-    for name, part in results.test.groupby("system", sort=False):
+    shares, uars = np.linspace(0.1, 1, 19), {}
+    for name, part in results.by_system:
         order = part.loc[part[results.classes].max(axis=1).sort_values(ascending=False).index]
-        shares = np.linspace(0.1, 1, 19)
-        uars = [uar_of(order[:math.ceil(share * len(order))]) for share in shares]
-        plt.plot(100 * shares, 100 * np.array(uars), label=results.titles[name])
-    plt.xlabel("answered in %")
-    plt.ylabel("UAR in %")
-    legend_beside(plt, fontsize=7)
-    save_plot(figure, results, "coverage", "UAR of the most confident answers")
+        uars[results.titles[name]] = [uar_of(order[:math.ceil(share * len(order))]) for share in shares]
+    lines = 100 * pd.DataFrame(uars, 100 * shares)
+    axis = lines.plot(figsize=(8, 4), xlabel="answered in %", ylabel="UAR in %")
+    legend_beside(axis, fontsize=7)
+    save_plot(axis.figure, results, "coverage", "UAR of the most confident answers")
 
 
 def plot_confusions(results):
     """The test confusion matrix of each system, in % of the true emotion, with counts: a file each."""
     import seaborn as sns
-    for name, part in results.test.groupby("system", sort=False):
+    for name, part in results.by_system:
         counts = confusion(part, results.classes)
         shares = 100 * counts.div(counts.sum(axis=1).clip(lower=1), axis=0)
         texts = shares.map("{:.0f} %\n".format) + counts.map("({})".format)
@@ -3389,12 +3386,12 @@ def uar_by(results, by):
 
 def shares_table(results):
     """How often each system names each emotion on test clips, and how often it is true, as texts."""
-    clips = results.test.drop_duplicates("clip")
-    true = clips.assign(system="true", predicted=clips["emotion"])
-    table = pd.concat([results.test, true])
-    named = pd.crosstab(table["system"], table["predicted"], normalize="index")
-    named = named.reindex(table["system"].unique(), columns=results.classes, fill_value=0)
-    return named.map(percent).rename(results.titles)
+    shares = {}
+    for name, part in results.by_system:
+        counts = confusion(part, results.classes)
+        shares[results.titles[name]] = counts.sum() / len(part)
+    shares["true"] = counts.sum(axis=1) / len(part)  # all systems answer the same clips
+    return pd.DataFrame(shares).T.map(percent).rename_axis("system")
 
 
 def draw_plots(results):
@@ -4498,11 +4495,10 @@ def results_of(trained, clips_of):
         tables.append(predictions_table(answers, clips, classes_of(clips), **key))
         for name, checkpoint in checkpoints.items():
             facts = {"system": name, "parameters": parameters_of(checkpoint), "run": folder, **key}
-            histories.append(pd.DataFrame(checkpoint.history).assign(**facts))
+            histories += [epoch | facts for epoch in checkpoint.history]
     return {
         "table": with_ensembles(pd.concat(tables, ignore_index=True), classes_of(clips)),
-        # What is solved at once has none; an empty table would make floats of epochs.
-        "histories": pd.concat([table for table in histories if len(table)] or histories),
+        "histories": pd.DataFrame(histories),
         "caveats": list(dict.fromkeys(caveats)),
         "calibration": calibration,
         "encoder": encoder_of(checkpoints)}
