@@ -2918,7 +2918,7 @@ def read_results(folder):
 GROUPS = "", "fold seed", "actor", "sex", "intensity", "statement", "emotion"
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache
 def figures_of(results, *by):
     """The figures of every system and split, or of the groups that the columns `by` make: a row each."""
     groups = results.predictions.groupby(["system", "split", *by], sort=False)
@@ -3011,7 +3011,7 @@ def weighted_uar(weights, table, classes):
         return np.nanmean((weights @ right) / (weights @ true), axis=1)
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache
 def bootstrap(results):
     """The test UAR of every system (columns) in 2000 bootstrap draws (rows).
 
@@ -3028,7 +3028,7 @@ def bootstrap(results):
     return pd.DataFrame(uars)
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache
 def summarize(results):
     """A row per system of the figures that a reader compares, UAR with its interval; index: system."""
     figures = figures_of(results)
@@ -3365,6 +3365,7 @@ def plot_coverage(results):
 def plot_confusions(results):
     """The test confusion matrix of each system, in % of the true emotion, with counts: a file each."""
     import seaborn as sns
+    table = table_of(results)
     for name, part in results.by_system:
         counts = confusion(part, results.classes)
         shares = 100 * counts.div(counts.sum(axis=1).clip(lower=1), axis=0)
@@ -3373,8 +3374,7 @@ def plot_confusions(results):
         axis = sns.heatmap(shares, annot=texts, fmt="", cbar=False, cmap="Blues", annot_kws={"fontsize": 8})
         axis.set(xlabel="predicted", ylabel="true")
         plt.yticks(rotation=0)
-        figures = summarize(results).loc[name, ["uar", "low", "high"]].map(percent)
-        title = "{}: test UAR {}, 95 % interval {} to {}".format(results.titles[name], *figures)
+        title = "{system}: test UAR {test UAR}, 95 % interval {95 % interval}".format_map(table.loc[name])
         save_plot(figure, results, f"confusion_{SYSTEMS[name].file}", title, reads_words(name))
 
 
@@ -3623,11 +3623,11 @@ def add_part(document, part, text):
 def add_table(document, table):
     """Append a DataFrame to a docx document; no row breaks, and the header is repeated on every page."""
     from docx.shared import Cm
-    rows = [list(table), *table.astype(str).to_numpy().tolist()]
-    widths = [7 + min(24, max(map(len, texts))) for texts in zip(*rows)]
-    grid = document.add_table(len(rows), len(widths), "Light Shading Accent 1")
+    columns = [[name, *table[name].astype(str)] for name in table]
+    widths = [7 + min(24, max(map(len, texts))) for texts in columns]
+    grid = document.add_table(1 + len(table), len(columns), "Light Shading Accent 1")
     # Word goes by the widths of cells, others by those of columns.
-    for column, width, texts in zip(grid.columns, widths, zip(*rows)):
+    for column, width, texts in zip(grid.columns, widths, columns):
         column.width = Cm(17 * width / sum(widths))
         for text, cell in zip(texts, column.cells):
             cell.text, cell.width = printable(text), column.width
