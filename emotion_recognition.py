@@ -2691,7 +2691,7 @@ def train_system(cfg, name, clips, corpus, device):
 
     # What the model says to every clip goes into its file, so that nothing else needs the corpus again.
     windows, words = windows_of(clips, cfg), corpus.words * reads_words(name)
-    traits = windows[["clip", "split", "emotion", "voiced", "digest"]].astype({"emotion": str})
+    traits = windows[["clip", "split", "emotion", "voiced", "digest"]]
     checkpoint = Checkpoint(
         name, model.spec, model.state_dict(), classes_of(clips), words,
         caveats_of(corpus.clips, corpus.split, words, cfg), cfg._asdict(), fingerprint, history,
@@ -2822,7 +2822,7 @@ TRAITS = ["split", "clip", "actor", "emotion", "intensity", "statement", "sex", 
 
 def predictions_table(answers, clips, classes, **run):
     """A row per system and clip: what was answered, beside what the clip is like and columns of `run`."""
-    traits = clips.filter(TRAITS).astype({"emotion": object}).reset_index(drop=True)
+    traits = clips.filter(TRAITS).reset_index(drop=True)
     tables = []
     for name, probabilities in answers.items():
         columns = pd.DataFrame(probabilities, columns=classes)
@@ -2978,7 +2978,7 @@ def reliability(table, classes, bins=15):
 
 def uar_of(table):
     """The UAR of rows of predictions."""
-    return recall(table["emotion"].to_numpy(object), table["predicted"].to_numpy(object))
+    return recall(table["emotion"].to_numpy(), table["predicted"].to_numpy())
 
 
 def unseen_actors(clips):
@@ -3290,7 +3290,7 @@ def plot_samples(clips, subject, cfg, caveats):
     decibels = np.hstack(windows.squeeze(1).numpy()) * 10 / math.log(10)  # (M, N * T)
     # Mel bands are evenly spaced in log(1 + kHz / 0.7).
     low, high = np.log1p([0.05 / 0.7, cfg.sampling_rate / 1400])
-    figure = plt.figure(figsize=(8.5, 4.5))
+    figure = plt.figure(figsize=(8.5, 4.5), layout="constrained")
     plt.imshow(decibels, aspect="auto", origin="lower", extent=(0, len(samples), low, high))
     plt.colorbar(label="dB")
     plt.gca().yaxis.set_major_formatter(lambda mel, _: f"{0.7 * math.expm1(mel):.1f} kHz")
