@@ -4498,7 +4498,8 @@ def results_of(trained, clips_of):
             histories += [epoch | facts for epoch in checkpoint.history]
     return {
         "table": with_ensembles(pd.concat(tables, ignore_index=True), classes_of(clips)),
-        "histories": pd.DataFrame(histories),
+        # What is solved at once has no epochs: alone, it leaves the names of the columns.
+        "histories": pd.DataFrame(histories or [facts])[:len(histories)],
         "caveats": list(dict.fromkeys(caveats)),
         "calibration": calibration,
         "encoder": encoder_of(checkpoints)}
