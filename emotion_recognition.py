@@ -2831,17 +2831,18 @@ def predictions_table(answers, clips, classes, **run):
 
 
 def with_ensembles(table, classes):
-    """The predictions of all runs, and of AudioCNN's seeds as one in each fold, calibrated on validation."""
+    """The predictions of all runs, and of an ensemble of the seeds of each fold, calibrated on validation."""
     tables = [table]
-    for fold, seeds in table.query("system == 'cnn'").groupby("fold"):
-        if seeds["seed"].nunique() == 1:
-            continue
-        clips = seeds.drop_duplicates("clip")
-        logs = np.log(seeds[classes].clip(1e-7)).groupby(seeds["clip"], sort=False).mean().to_numpy()
-        held_out = (clips["split"] == "validation").to_numpy()
-        temperature = fit_temperature(logs[held_out], labels_of(clips["emotion"], classes)[held_out])
-        answers = {"cnn_ensemble": ensemble(logs, temperature)}
-        tables.append(predictions_table(answers, clips, classes, fold=fold, seed=seeds["seed"].min()))
+    for name in (name for name, system in SYSTEMS.items() if system.kind is ensemble):
+        for fold, seeds in table[table["system"].isin(SYSTEMS[name].parts)].groupby("fold"):
+            if seeds["seed"].nunique() == 1:
+                continue
+            clips = seeds.drop_duplicates("clip")
+            logs = np.log(seeds[classes].clip(1e-7)).groupby(seeds["clip"], sort=False).mean().to_numpy()
+            held_out = (clips["split"] == "validation").to_numpy()
+            temperature = fit_temperature(logs[held_out], labels_of(clips["emotion"], classes)[held_out])
+            tables.append(predictions_table({name: ensemble(logs, temperature)}, clips, classes, fold=fold,
+                                            seed=seeds["seed"].min()))
     return pd.concat(tables, ignore_index=True)
 
 
@@ -4031,13 +4032,11 @@ def folder_of_answers(cfg):
 
 
 def key_of(recording, predictor, cfg):
-    """A key of a recording, by size and time of its last change, and of what else its answer depends on."""
+    """A key of the bytes of a recording and of what else its answer depends on."""
     trained = [checkpoint.fingerprint for checkpoint in predictor.checkpoints.values()]
     parts = [recording.name, recording.row, trained, predictor.cfg, predictor.has_whisper, cfg.text]
-    # Reading all of a large folder would take longer than its first answers.
-    with contextlib.suppress(OSError):
-        file = recording.path.stat()
-        parts += [file.st_size, file.st_mtime_ns]
+    with contextlib.suppress(OSError, MemoryError):
+        parts.append(recording.path.read_bytes())
     return digest(*parts)
 
 
