@@ -1187,15 +1187,12 @@ def load_clip(source, cfg, rate=0, span=WHOLE):
 
 def load_samples(source, cfg, rate=0, span=WHOLE):
     """(float32 samples (n,) at SAMPLING_RATE, without what lies below voices, a note). Raises AudioError."""
-    parts, note = [], ""
-    for part, own_rate in sound_parts(source, rate, span):  # noqa: B007, all parts have the same
-        refuse({"NaN, infinite or huge samples": not np.abs(part).max() < 1e6}, AudioError)
-        samples, found = one_channel(part, cfg.channel)
-        parts.append(samples)
-        note = note or found
-    samples = np.concatenate(parts)
-    if own_rate != cfg.sampling_rate:
-        samples = soxr.resample(samples, own_rate, cfg.sampling_rate)
+    parts, (rate, *_) = zip(*sound_parts(source, rate, span))
+    channels = np.concatenate(parts)  # (n, channels)
+    refuse({"NaN, infinite or huge samples": not np.abs(channels).max() < 1e6}, AudioError)
+    samples, note = one_channel(channels, cfg.channel)
+    if rate != cfg.sampling_rate:
+        samples = soxr.resample(samples, rate, cfg.sampling_rate)
     if len(samples) > cfg.hop_length:
         samples = sosfiltfilt(high_pass(cfg.sampling_rate), samples).astype(np.float32)
     return samples, note
@@ -1232,59 +1229,56 @@ def sound_parts(source, rate=0, span=WHOLE):
 
     Raises AudioError, and UserError for what is no recording.
     """
-    if not isinstance(source, (str, Path)):
-        yield from array_parts(*numbers_of(source, rate), span)
-        return
-    opened = False
     try:
-        with open_sound(str(source)) as file:
-            opened = True
+        with open_recording(source, rate) as file:
             yield from file_parts(file, span)
     except (soundfile.LibsndfileError, OSError, ValueError) as error:
-        if opened or Path(source).suffix.lower() in AUDIO_SUFFIXES:
-            reason = getattr(error, "strerror", None) or str(error).split(": ")[-1].strip()
-            raise AudioError(f"not readable ({reason})") from error
-        yield from array_parts(*decode_with_librosa(source), span)
+        reason = getattr(error, "strerror", None) or str(error).rpartition(": ")[2]
+        if getattr(error, "code", 0) == 7:  # libsndfile says of a text named .mp3 that it does not exist
+            reason = "Format not recognised"
+        raise AudioError(f"not readable ({reason.strip(' .')})") from error
+
+
+def open_recording(source, rate):
+    """An open SoundFile of a file or an array, whatever it takes to decode it. Raises UserError."""
+    if not isinstance(source, (str, Path)):
+        return sound_file_of(source, rate)
+    try:
+        return open_sound(str(source))
+    except (soundfile.LibsndfileError, TypeError):  # the latter where a name ends in .raw
+        if Path(source).suffix.lower() in AUDIO_SUFFIXES:
+            raise
+    return sound_file_of(*decode_with_librosa(source))
 
 
 def file_parts(file, span):
     """Yields (samples (n, channels), rate in Hz) of an open SoundFile, as far as its decoder comes."""
-    rate = file.samplerate
-    refuse({f"its header says {rate} Hz": not 1000 <= rate <= 768000}, AudioError)
-    start, last = frames_in(span, file.frames, rate)
-    if file.seekable():
-        file.seek(start)
-    else:
-        file.read(start)
-    first = start
-    # By number, since some codecs cannot seek.
-    while first < last and len(part := file.read(min(PART * rate, last - first), "float32", always_2d=True)):
-        first += len(part)
-        yield part, rate
-    # A length that nobody wrote is no promise.
-    refuse({"no samples in it": first == start,
-            f"cut off: it ends after {first / rate:.2f} of {last / rate:.2f} s": first < last < 2**60},
-           AudioError)
-
-
-def array_parts(samples, rate, span):
-    """Yields (samples (n, channels), rate in Hz) of an array (n, channels)."""
-    first, last = frames_in(span, len(samples), rate)
-    for place in range(first, last, PART * rate):
-        yield samples[place:min(last, place + PART * rate)], rate
-
-
-def frames_in(span, length, rate):
-    """The first and the last frame of a span of a recording of `length` frames. Raises AudioError."""
-    start, end = span
-    seconds = length / rate
-    refuse({"no samples in it": not length}, AudioError)
+    rate, (start, end) = file.samplerate, span
+    seconds = file.frames / rate
     # Tables round their seconds.
     inside = 0 <= start < min(end, seconds) and not seconds + 0.1 < end < math.inf
-    refuse({f"its segment from {start} to {end} s does not lie in its {seconds:.2f} s": not inside},
-           AudioError)
-    first = math.floor(start * rate)
-    return first, max(first + 1, round(min(end, seconds) * rate))
+    refuse({
+        f"its header says {rate} Hz": not 1000 <= rate <= 768000,
+        "no samples in it": not file.frames,
+        f"its segment from {start} to {end} s does not lie in its {seconds:.2f} s": not inside,
+    }, AudioError)
+
+    first = place = math.floor(start * rate)
+    last = max(first + 1, round(min(end, seconds) * rate))
+    if file.seekable():
+        file.seek(first)
+    else:
+        file.read(first)
+    # By number, since some codecs cannot seek.
+    while place < last and len(part := file.read(min(PART * rate, last - place), "float32", always_2d=True)):
+        place += len(part)
+        yield part, rate
+
+    # A length that nobody wrote is no promise.
+    refuse({
+        "no samples in it": place == first,
+        f"cut off: it ends after {place / rate:.2f} of {last / rate:.2f} s": place < last < 2**60,
+    }, AudioError)
 
 
 SIZES = {  # where the header of a file says how long it is: first byte, byte after the last, order
@@ -1321,20 +1315,19 @@ def open_sound(path):
 
 
 def decode_with_librosa(path):
-    """Samples (n, 1), float32, of a file that soundfile cannot read, and their rate. Raises AudioError."""
+    """Samples (n,) or (channels, n) of a file that libsndfile cannot read, their rate. Raises AudioError."""
     import librosa
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            samples, rate = librosa.load(path, sr=None)
+            return librosa.load(path, sr=None, mono=False)
     except Exception as error:  # each of its backends has its own
         missing = ", and ffmpeg, which reads most formats, is not installed" * (not shutil.which("ffmpeg"))
         raise AudioError(f"not readable as audio{missing}") from error
-    return samples[:, None], round(rate)
 
 
-def numbers_of(recording, rate):
-    """Samples (n, channels), float32, and their rate in Hz, of an array, list, tensor or a pair of both.
+def sound_file_of(recording, rate):
+    """An open SoundFile in memory of an array, list, tensor or a pair of one and its rate in Hz.
 
     Raises UserError.
     """
@@ -1354,7 +1347,12 @@ def numbers_of(recording, rate):
         samples /= max(2.0**15, np.abs(samples).max(initial=0))
     if samples.ndim == 1 or samples.shape[0] < samples.shape[1]:
         samples = np.atleast_2d(samples).T
-    return samples.astype(np.float32), rate
+
+    # So that arrays are read as files are, in a format without a limit on its length.
+    memory = io.BytesIO()
+    soundfile.write(memory, samples.astype(np.float32), rate, "FLOAT", format="W64")
+    memory.seek(0)
+    return soundfile.SoundFile(memory)
 
 
 def load_package(name, advice, part="__name__"):

@@ -1490,6 +1490,21 @@ def test_a_segment_is_read_alone_or_named(span, there):
     assert np.abs(segment.mel.astype(float) - array.mel).max() < 0.2
 
 
+def test_what_librosa_alone_can_read_has_segments_and_channels_too(monkeypatch):
+    import librosa
+    channels = np.stack([parted(1.5, speech(), 1.5), parted(1.5, np.roll(speech(), 3000), 1.5)])
+    monkeypatch.setattr(librosa, "load", lambda path, sr, mono: (channels, RATE))
+    Path("a.m4a").write_text("what ffmpeg would read")
+    for channel in (0, 2):
+        cfg = config(channel=channel)
+        segment = er.load_clip("a.m4a", cfg, span=(1.5, 4.0))
+        array = er.load_clip(channels[:, 24000:64000], cfg, RATE)
+        assert np.array_equal(segment.mel, array.mel)
+        assert segment.note == array.note
+    with pytest.raises(er.AudioError, match="segment from 9 to 12 s does not lie in its"):
+        er.load_clip("a.m4a", config(), span=(9, 12))
+
+
 FORMATS = {  # ending and subtype: sampling rate
     "wav GSM610": 8000, "wav ULAW": 8000, "wav IMA_ADPCM": RATE, "wav DOUBLE": RATE, "w64 PCM_16": RATE,
     "flac PCM_24": RATE, "ogg VORBIS": RATE, "opus OPUS": RATE, "mp3 MPEG_LAYER_III": RATE,
@@ -1549,7 +1564,9 @@ LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:abab\nsize 72862\n
     (".", None, "is a folder"),
     ("a.wav", "", "it is empty"),
     ("a.wav", LFS, "pointer of Git LFS .* git lfs pull"),
-    ("a.wav", "no sound", "not readable"),
+    ("a.wav", "no sound", r"not readable \(Format not recognised\)$"),
+    ("a.mp3", "no sound", r"not readable \(Format not recognised\)$"),
+    ("a.raw", "no sound", "not readable as audio, and ffmpeg"),
     ("a.m4a", "no sound", "not readable as audio, and ffmpeg"),
 ])
 def test_each_file_that_cannot_be_read_has_its_own_sentence(path, content, reason, monkeypatch):
@@ -4696,7 +4713,7 @@ def test_page_draws_emotion_over_time(sent, listener):
 
 @pytest.mark.parametrize(("content", "reason"), [
     (b"", "not readable: it is empty"),
-    (b"no sound here", "not readable (Format not recognised.)"),
+    (b"no sound here", "not readable (Format not recognised)"),
     (b"RIFF\xff\xff\0\0WAVEfmt ", "cut off: less data than its header says"),
 ])
 def test_page_says_why_an_upload_cannot_be_used_and_deletes_it(content, reason, speaking, listener):
@@ -5639,7 +5656,7 @@ def test_librosa_is_asked_for_what_soundfile_cannot_read(listener, monkeypatch):
     import librosa
     spoken = joined("calm")
     decoded = er.soxr.resample(spoken, RATE, 44100), 44100
-    monkeypatch.setattr(librosa, "load", lambda path, sr: decoded)
+    monkeypatch.setattr(librosa, "load", lambda path, sr, mono: decoded)
     touch(".", "a.m4a")
     answer = listener.predict("a.m4a")
     assert list(answer["predicted"]) == ["calm"]
@@ -8471,7 +8488,7 @@ BROKEN = {  # what is wrong with a clip: (how it is made so, the reason)
     "header cut": (lambda path: cut(path, 20), "cut off: less data than its header says"),
     "data cut": (lambda path: cut(path, path.stat().st_size // 2), "cut off: less data than its header says"),
     "zero length": (lambda path: cut(path, 0), "not readable: it is empty"),
-    "text": (lambda path: path.write_text("no sound"), "not readable (Format not recognised.)"),
+    "text": (lambda path: path.write_text("no sound"), "not readable (Format not recognised)"),
     "no samples": (lambda path: written(path, speech()[:0]), "no samples in it"),
     "silence": (lambda path: written(path, 0 * speech()), "silent"),
     "NaN": (lambda path: with_sample(path, np.nan), "NaN, infinite or huge samples"),
