@@ -1152,7 +1152,7 @@ class Silence(AudioError):
 # Log-mel (T, M), samples (n,) of its frames, second of the recording at which each frame lies (T,), and what
 # must be said of its sound.
 Clip = namedtuple("Clip", "mel samples seconds note")
-FEATURES = ["mel", "samples", "seconds"]  # the columns of clips and windows that hold their sound
+FEATURES = ["mel", "samples", "seconds"]  # the columns of clips that hold their sound
 PART = 300  # seconds of a recording that are in memory at once
 LEAST = 16  # frames: what is shorter says nothing
 FLOOR = 1e-7  # of the loudest power, added to every mel band: fainter noise makes no difference
@@ -1431,24 +1431,27 @@ LONGEST = 6.0  # seconds of speech for which one window stands, as in training
 def windows_of(clips, cfg):
     """Clips as windows, a row each: whole up to LONGEST, else cut into CLIP_SECONDS that overlap by half.
 
-    Adds `start` and `end` in s and `voiced`, the share of frames with voice; `mel` (T, M), `samples` (n,) and
-    `seconds` (T,) are the window's.
+    Adds `start` and `end` in s and `voiced`, the share of frames with voice; `mel` (T, M) and `samples` (n,)
+    are the window's.
     """
-    second, hop, rows = cfg.sampling_rate / cfg.hop_length, cfg.hop_length, []
-    for place, (mel, samples, seconds) in enumerate(clips[FEATURES].itertuples(index=False)):
+    second, hop, windows = cfg.sampling_rate / cfg.hop_length, cfg.hop_length, []
+    for clip in clips.to_dict("records"):
         # Up to LONGEST the model itself chooses its window in the middle, as in training.
+        mel, samples, seconds = clip["mel"], clip["samples"], clip["seconds"]
         size = len(mel)
         if size > LONGEST * second + 1:
             size = min(window_frames(cfg), size)
         loud, _ = loud_frames(level_of(mel), cfg)
-        for start in [*range(0, len(mel) - size, max(1, size // 2)), len(mel) - size]:
-            part = slice(start, start + size)
-            times = seconds[start], seconds[part.stop - 1] + 1 / second
-            sound = mel[part], samples[start * hop:part.stop * hop], seconds[part]
-            rows.append((place, *times, float(loud[part].mean()), *sound))
-    windows = pd.DataFrame(rows, columns=["place", "start", "end", "voiced", *FEATURES])
-    clips = clips.drop(columns=FEATURES).iloc[windows.pop("place")]
-    return clips.reset_index(drop=True).join(windows)
+        for first in [*range(0, len(mel) - size, max(1, size // 2)), len(mel) - size]:
+            last = first + size
+            windows.append(clip | {
+                "start": seconds[first],
+                "end": seconds[last - 1] + 1 / second,
+                "voiced": float(loud[first:last].mean()),
+                "mel": mel[first:last],
+                "samples": samples[first * hop:last * hop]})
+    known = clips.dtypes.drop("seconds")
+    return pd.DataFrame(windows, columns=[*known.index, "start", "end", "voiced"]).astype(known)
 
 
 def level_of(mel):
@@ -1467,44 +1470,47 @@ def words_in(text):
 
 
 def load_transformers():
-    """The package, or a UserError that says how to go on without it."""
-    return load_package("transformers", "pip install transformers or go without: "
-                        "--run-models cnn,rnn,fusion_rnn", "AutoModel")
-
-
-def load_pretrained(flag, name, without, prepare):
-    """(prepare(transformers, name), module with all weights) of a hub name or folder. Raises UserError."""
-    transformers = load_transformers()
+    """The package, which says nothing but errors, or a UserError that says how to go on without it."""
+    transformers = load_package("transformers", "pip install transformers or go without: "
+                                "--run-models cnn,rnn,fusion_rnn", "AutoModel")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    return transformers
+
+
+@contextlib.contextmanager
+def loading(flag, name, without):
+    """In here a pretrained encoder is loaded; what goes wrong is a UserError that says what to do."""
     try:
         with torch.random.fork_rng(devices=[]):  # loading must draw nothing of what a seed means
-            prepared = prepare(transformers, name)
-            module, info = transformers.AutoModel.from_pretrained(name, output_loading_info=True)
-        # Weights that are lacking would be random; some are not used here.
-        lacking = [key for key in info["missing_keys"] if not re.search("pooler|masked_spec_embed", key)]
-        refuse({f"it lacks the weights of {min(lacking, default='')} and others": lacking})
-    except Exception as error:  # the hub's clients raise many kinds
+            yield
+    except UserError:  # which says so already
+        raise
+    except Exception as error:  # the hub's clients raise many kinds, and networks that are no encoders too
         reason = str(error).split("\n")[0]
         raise UserError(f"{flag} {name} cannot be loaded ({reason}): name a folder with {flag} "
                         f"FOLDER, or go without: --run-models {without}") from error
-    return prepared, module.float().eval()
+
+
+def load_pretrained(name):
+    """The network of a hub name or folder, with all its weights, ready to be frozen or trained on."""
+    module, info = load_transformers().AutoModel.from_pretrained(name, output_loading_info=True)
+    # Weights that are lacking would be random; some are not used here.
+    lacking = [key for key in info["missing_keys"] if not re.search("pooler|masked_spec_embed", key)]
+    refuse({f"it lacks the weights of {min(lacking, default='')} and others": lacking}, ValueError)
+    return module.float().eval()
 
 
 @functools.lru_cache(maxsize=2)
 def load_text_encoder(name):
     """A pretrained DistilBERT-like encoder: (configuration, tokenizer JSON, module). Raises UserError."""
-    ids, module = load_pretrained("--bert-model", name, "cnn,speech,rnn,fusion_rnn", load_tokenizer)
+    with loading("--bert-model", name, "cnn,speech,rnn,fusion_rnn"):
+        ids = load_transformers().AutoTokenizer.from_pretrained(name, use_fast=True).backend_tokenizer
+        special = [ids.token_to_id(token) for token in ("[PAD]", "[CLS]", "[SEP]", "[MASK]")]
+        # Others would be hidden as words.
+        refuse({"it is not of BERT's family, it has other special tokens": None in special}, ValueError)
+        module = load_pretrained(name)
     return json.loads(module.config.to_json_string(use_diff=False)), ids.to_str(), module
-
-
-def load_tokenizer(transformers, name):
-    """The tokenizer of a text encoder, which must have the special tokens of BERT's family."""
-    ids = transformers.AutoTokenizer.from_pretrained(name, use_fast=True).backend_tokenizer
-    special = [ids.token_to_id(token) for token in ("[PAD]", "[CLS]", "[SEP]", "[MASK]")]
-    # Others would be hidden as words.
-    refuse({"it is not of BERT's family, it has other special tokens": None in special})
-    return ids
 
 
 @functools.lru_cache(maxsize=2)
@@ -1528,32 +1534,24 @@ SHORTEST = 0.4  # seconds that every encoder can hear; shorter windows are fille
 @functools.lru_cache(maxsize=1)
 def load_speech_encoder(name, whisper_model, device):
     """The SpeechWeights of --speech-encoder, whose key knows it by content. Raises UserError."""
-    if name == "whisper":
-        whisper, model = load_whisper(whisper_model, device)
-        module, rate = model.encoder, 16000
-        states = functools.partial(whisper_states, whisper, model)
-    else:
-        extractor, module = load_pretrained("--speech-encoder", name, "cnn,rnn,fusion_rnn", load_extractor)
-        if module.config.is_encoder_decoder:
-            module = module.get_encoder()
-        module, rate = module.to(device), extractor.sampling_rate
-        places = getattr(getattr(module, "embed_positions", None), "weight", None)
-        states = functools.partial(transformer_states, extractor, module, places)
-    try:
+    with loading("--speech-encoder", name, "cnn,rnn,fusion_rnn"):
+        if name == "whisper":
+            whisper, model = load_whisper(whisper_model, device)
+            module, rate = model.encoder, 16000
+            states = functools.partial(whisper_states, whisper, model)
+        else:
+            extractor = load_transformers().AutoFeatureExtractor.from_pretrained(name)
+            refuse({"it is not for sound": not hasattr(extractor, "sampling_rate")}, ValueError)
+            module, rate = load_pretrained(name), extractor.sampling_rate
+            if module.config.is_encoder_decoder:
+                module = module.get_encoder()
+            module = module.to(device)
+            places = getattr(getattr(module, "embed_positions", None), "weight", None)
+            states = functools.partial(transformer_states, extractor, module, places)
         layers, _, width = states(np.zeros(rate, np.float32)).shape
-    except Exception as error:  # networks for sound that are none of these
-        raise UserError(f"--speech-encoder {name} cannot be used ({type(error).__name__}): name another one, "
-                        "or go without: --run-models cnn,rnn,fusion_rnn") from error
     # By its weights, since the same ones come in several files.
     weights = (tensor.detach().cpu().numpy().tobytes() for tensor in module.parameters())
     return SpeechWeights(states, rate, layers * width, digest(*weights))
-
-
-def load_extractor(transformers, name):
-    """The feature extractor of a speech encoder."""
-    extractor = transformers.AutoFeatureExtractor.from_pretrained(name)
-    refuse({"it is not for sound": not hasattr(extractor, "sampling_rate")})
-    return extractor
 
 
 def whisper_states(whisper, model, samples):
@@ -3823,7 +3821,7 @@ class Predictor:
             if text is not None:
                 windows["transcript"] = text
             said.append(self.ask(windows))
-            tables.append(windows.drop(columns=FEATURES))
+            tables.append(windows.drop(columns=["mel", "samples"]))
 
         if not said:
             return windows, {}
