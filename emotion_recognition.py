@@ -1746,13 +1746,9 @@ def class_targets(clips, cfg):
     return (rarity ** (uneven / 2)).diag()
 
 
-def batches_of(dataset, size, shuffle=False):
-    """A loader of batches that the dataset makes whole, `size` clips each."""
-    return DataLoader(dataset, size, shuffle, collate_fn=dict)
-
-
-def with_bar(loader, title):
-    """The batches of a loader, with a progress bar where they take long."""
+def batches_of(dataset, size, title, shuffle=False):
+    """The batches of a dataset, `size` clips each, with a progress bar where they take long."""
+    loader = DataLoader(dataset, size, shuffle, collate_fn=dict)  # the dataset makes whole batches
     # One iterator and no other, which tqdm would make: each draws from the generator.
     return tqdm(iter(loader), f"  {title}", len(loader), delay=10, leave=False)
 
@@ -2011,7 +2007,7 @@ class SpeechEncoder(Encoder):
         """Take mean and deviation from some views of a dataset; returns its features (V * N, D)."""
         speech = []
         for dataset.view in views:
-            speech += [batch["speech"] for batch in with_bar(batches_of(dataset, 64), "encoding")]
+            speech += [batch["speech"] for batch in batches_of(dataset, 64, "encoding")]
         speech = torch.cat(speech)
         deviation, self.mean = torch.std_mean(speech, dim=0)
         self.deviation = deviation.clamp(min=1e-6)  # some features of some encoders never change
@@ -2264,7 +2260,7 @@ class Trainer:
     """Takes one optimiser step after another; `average`, the moving average of the weights, is the result."""
 
     def __init__(self, model, cfg, steps, device):
-        self.model, self.device, self.precision = model, device, training_precision(device)
+        self.model, self.device = model, device
         # Weight decay is for matrices; biases and norms go without.
         matrices = [p for p in model.parameters() if p.ndim > 1]
         others = [p for p in model.parameters() if p.ndim < 2]
@@ -2273,9 +2269,9 @@ class Trainer:
         rate = getattr(cfg, f"learning_rate_{model.suffix}")
         self.optimizer = torch.optim.AdamW(groups, lr=rate, weight_decay=cfg.weight_decay)
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, rate, steps, pct_start=0.15)
-        self.scaler = torch.amp.GradScaler(device, enabled=self.precision == torch.float16)
+        self.scaler = torch.amp.GradScaler(device, enabled=training_precision(device) == torch.float16)
         self.loss = nn.CrossEntropyLoss(label_smoothing=cfg.label_smoothing)
-        self.average, self.ema_decay, self.steps = copy.deepcopy(model), cfg.ema_decay, 0
+        self.average, self.ema_decay = copy.deepcopy(model), cfg.ema_decay
         self.parts = {"model": model, "average": self.average, "optimizer": self.optimizer,
                       "schedule": self.schedule, "scaler": self.scaler}
         self.generators = [torch] if device == "cpu" else [torch, getattr(torch, device)]
@@ -2284,11 +2280,10 @@ class Trainer:
         """All that the next step depends on, as tensors and builtins."""
         parts = {key: trained_state(part) for key, part in self.parts.items()}
         generators = [source.get_rng_state() for source in self.generators]
-        return parts | {"steps": self.steps, "generators": generators}
+        return parts | {"generators": generators}
 
     def load(self, state):
         """Take over what `state()` gave; a state of something else raises almost anything."""
-        self.steps = state["steps"]
         for key, part in self.parts.items():
             if trained_state(part).keys() != state[key].keys():
                 raise KeyError(key)
@@ -2299,8 +2294,8 @@ class Trainer:
     @torch.no_grad()
     def update_average(self):
         """Move the average towards the model; faster at first, so that a short training forgets its start."""
-        decay = min(self.ema_decay, (1 + self.steps) / (10 + self.steps))
-        self.steps += 1
+        steps = self.schedule.last_epoch
+        decay = min(self.ema_decay, steps / (9 + steps))
         for average, current in zip(self.average.state_dict().values(), self.model.state_dict().values()):
             if average.is_floating_point():
                 current = average.lerp(current, 1 - decay)
@@ -2377,8 +2372,8 @@ def train(kind, parts, clips, cfg, device, state, fingerprint):
 def fit_in_epochs(model, training, validation, cfg, device, path, fingerprint):
     """Train for the full schedule; the averaged model and a history, a dict per epoch. Raises UserError."""
     epochs = getattr(cfg, f"epochs_{model.suffix}")
-    loader = batches_of(training, cfg.batch_size, shuffle=True)
-    trainer = Trainer(model, cfg, epochs * len(loader), device)
+    steps = epochs * math.ceil(len(training) / cfg.batch_size)
+    trainer = Trainer(model, cfg, steps, device)
     fingerprint = fingerprint | {"device": f"{device} {training_precision(device)}"}
     history = resume(trainer, path, fingerprint)
     if history:
@@ -2387,7 +2382,7 @@ def fit_in_epochs(model, training, validation, cfg, device, path, fingerprint):
     print("  epoch  train loss  train acc   val loss    val acc    val UAR  seconds  min left")
     try:
         while len(history) < epochs:
-            epoch = fit_epoch(trainer, loader, validation, len(history) + 1)
+            epoch = fit_epoch(trainer, training, validation, len(history) + 1)
             # Written first: what is said to be finished is on disk.
             with replacing(path) as temporary:
                 state = {"fingerprint": fingerprint, "history": [*history, epoch], "trainer": trainer.state()}
@@ -2402,11 +2397,11 @@ def fit_in_epochs(model, training, validation, cfg, device, path, fingerprint):
     return trainer.average, history
 
 
-def fit_epoch(trainer, loader, validation, number):
+def fit_epoch(trainer, training, validation, number):
     """Train for one epoch; its row of the history, a dict. Raises UserError when the loss is not finite."""
     start = time.perf_counter()
     trainer.model.train()
-    batches = with_bar(loader, f"epoch {number}")
+    batches = batches_of(training, training.cfg.batch_size, f"epoch {number}", shuffle=True)
     loss, accuracy = np.mean([trainer.step(batch) for batch in batches], axis=0).tolist()
     if not math.isfinite(loss):
         raise UserError(f"the training loss is {loss} in epoch {number}: lower "
@@ -2429,7 +2424,7 @@ def fit_epoch(trainer, loader, validation, number):
 def logits_of(model, dataset):
     """Logits (N, C) in float32 on the CPU, in the dataset's order."""
     model.eval()
-    return torch.cat([model(batch).float().cpu() for batch in with_bar(batches_of(dataset, 64), "answers")])
+    return torch.cat([model(batch).float().cpu() for batch in batches_of(dataset, 64, "answers")])
 
 
 def infer(model, windows, cfg, device):

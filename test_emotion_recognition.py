@@ -2435,7 +2435,7 @@ SCIENCE = {  # what is edited: (definition, text, replacement, who is trained an
     "the length of a window": ("LONGEST", "6.0", "5.0", EVERY, []),
     "the base of all models": ("Encoder", "self.dropout(self.features", "(self.features", EVERY, []),
     "the trainer": ("Trainer", "5.0)", "1.0)", EVERY, []),
-    "the epochs": ("fit_in_epochs", "shuffle=True", "shuffle=False", EVERY, []),
+    "the epochs": ("fit_epoch", "shuffle=True", "shuffle=False", EVERY, []),
 }
 OTHERS = {  # definition: (text, replacement), without a new line
     "AudioCNN": ('"""A 2-D CNN', '"""A CNN'),
@@ -9092,14 +9092,14 @@ def test_an_epoch_draws_what_one_pass_over_training_and_one_over_validation_draw
         torch.manual_seed(0)
         model = er.TextRNN.start({"classes": 8, "dropout": 0.4}, clips, cfg, {})
         dataset = er.ClipDataset(clips[:64], model, cfg, "cpu", augment=True)
-        loader, trainer = er.batches_of(dataset, 32, shuffle=True), er.Trainer(model, cfg, 10, "cpu")
+        trainer = er.Trainer(model, cfg, 10, "cpu")
         if by_hand:
             model.train()
-            for batch in loader:
+            for batch in er.batches_of(dataset, cfg.batch_size, "by hand", shuffle=True):
                 trainer.step(batch)
             er.logits_of(trainer.average, dataset)
         else:
-            er.fit_epoch(trainer, loader, dataset, 1)
+            er.fit_epoch(trainer, dataset, dataset, 1)
         states.append(torch.get_rng_state())
     assert torch.equal(*states)
 
@@ -9541,7 +9541,7 @@ def test_training_is_several_times_as_fast_as_a_plain_loop(demo, all_cores):
     dataset = er.ClipDataset(clips, network, cfg, "cpu", augment=True)
 
     def with_product():
-        for batch in er.batches_of(dataset, cfg.batch_size, shuffle=True):
+        for batch in er.batches_of(dataset, cfg.batch_size, "product", shuffle=True):
             trainer.step(batch)
 
     def from_file(row):
