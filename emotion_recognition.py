@@ -1766,10 +1766,15 @@ def bands_heard(speed, n_mels, rate):
     return (heard - mel[0]) * 2 / (mel[-1] - mel[0]) - 1
 
 
+def bands_and_draw(mel, draw):
+    """The bands (M,) of log-mel windows (B, 1, M, T), from -1 to 1; what draws a number for each, (B, 1)."""
+    bands = torch.linspace(-1, 1, mel.shape[2], device=mel.device)
+    return bands, functools.partial(draw, (len(mel), 1), device=mel.device)
+
+
 def recolour(mel):
     """Log-mel windows (B, 1, M, T) through another room and microphone: tilt and ripple, up to 3 dB each."""
-    bands = torch.linspace(-1, 1, mel.shape[2], device=mel.device)  # (M,)
-    draw = functools.partial(spread, (len(mel), 1), device=mel.device)  # (B, 1)
+    bands, draw = bands_and_draw(mel, spread)
 
     # The order of these draws is part of what a seed means.
     period = 1 + draw(0.75)
@@ -1786,8 +1791,7 @@ def disturb(mel):
 
     Noise lies 25 to 70 dB below loud speech in the middle band, with a slope of up to 8 dB either way.
     """
-    bands = torch.linspace(-1, 1, mel.shape[2], device=mel.device)  # (M,)
-    draw = functools.partial(torch.rand, (len(mel), 1), device=mel.device)  # (B, 1)
+    bands, draw = bands_and_draw(mel, torch.rand)
     edge = torch.where(draw() < 0.25, 0.2 + 0.8 * draw(), 1.0)  # 4 kHz is at 0.38
     mel = mel.masked_fill((bands > edge)[:, None, :, None], math.log(FLOOR))
 
@@ -1807,8 +1811,8 @@ def mask(mel):
     # What is hidden becomes 0, so 0 must be the average.
     mel = mel - mel.mean(dim=(2, 3), keepdim=True)
     for _ in range(2):
-        mel = hide(mel, max(1, bands * 10 // 64), 0.0, axis=2)
-        mel = hide(mel, max(1, frames // 10), 0.0, axis=3)
+        mel = hide(mel, bands * 10 // 64, 0.0, axis=2)
+        mel = hide(mel, frames // 10, 0.0, axis=3)
     return mel
 
 
@@ -1920,7 +1924,8 @@ class AudioCNN(Encoder):
             nn.ReLU(),
             ResidualBlock(32, 64, 2),
             ResidualBlock(64, 128, 2),
-            ResidualBlock(128, 128, (2, 1), squeeze=True))
+            ResidualBlock(128, 128, (2, 1), squeeze=True),
+            nn.AdaptiveAvgPool2d((4, None)))  # does something where there are not 64 mel bands
         self.project = nn.Sequential(
             nn.Conv1d(4 * 128, 128, 1, bias=False),
             nn.BatchNorm1d(128),
@@ -1939,9 +1944,7 @@ class AudioCNN(Encoder):
         x = (batch["mel"] - mean) / (deviation + 1e-5)
 
         # Frequency is not pooled away: four bands go into the recurrent layer side by side.
-        x = self.convolutions(x)  # (B, 1, M, T) -> (B, 128, M / 16, S)
-        if x.shape[2] != 4:  # not 64 mel bands
-            x = F.adaptive_avg_pool2d(x, (4, x.shape[3]))
+        x = self.convolutions(x)  # (B, 1, M, T) -> (B, 128, 4, S)
         x = x.flatten(1, 2)  # (B, 4 * 128, S)
         x = self.project(x).transpose(1, 2)  # (B, S, 128)
         steps = x + self.recurrent(x)[0]
@@ -1949,8 +1952,7 @@ class AudioCNN(Encoder):
 
     def pool(self, steps, mask):
         """Attentive mean and standard deviation over time (Okabe et al. 2018): (B, S, 128) -> (B, 256)."""
-        scores = self.attention(steps).masked_fill(~mask[..., None], -math.inf)
-        weight = scores.softmax(dim=1)  # (B, S, 1)
+        weight = self.attention(steps).softmax(dim=1)  # (B, S, 1)
         mean = (weight * steps).sum(dim=1)
         variance = (weight * (steps - mean[:, None]) ** 2).sum(dim=1)
         return torch.cat([mean, (variance + 1e-5).sqrt()], dim=1)
@@ -2037,7 +2039,7 @@ class SpeechEncoder(Encoder):
 def masked_mean(steps, mask):
     """Mean over the steps (B, S, D) whose mask (B, S) is true: (B, D)."""
     mask = mask[..., None].to(steps.dtype)
-    return (steps * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+    return (steps * mask).sum(dim=1) / mask.sum(dim=1)
 
 
 class TextRNN(Encoder):
@@ -2439,7 +2441,8 @@ def infer(model, windows, cfg, device):
 
 def recall(true, predicted):
     """UAR: the mean of the recalls of the classes that occur in `true` (N,)."""
-    return float(np.mean([(predicted[true == label] == label).mean() for label in np.unique(true)]))
+    from sklearn.metrics import recall_score
+    return float(recall_score(true, predicted, labels=np.unique(true), average="macro"))
 
 
 def differences(old, new):
