@@ -1646,16 +1646,16 @@ class ClipDataset(Dataset):
     def __init__(self, clips, model, cfg, device, augment=False):
         self.model, self.cfg, self.device = model, cfg, device
         self.augment, self.view = augment, model.views[0]
-        self.labels = torch.tensor(clips["emotion"].cat.codes.tolist())
-        self.targets = class_targets(clips, cfg)
+        self.labels = self.targets = torch.tensor(clips["emotion"].cat.codes.tolist())
         self.mixes = augment and cfg.mixup and "mixup" in model.settings
-        self.soft = self.mixes or self.targets.max() > 1
+        targets = class_targets(clips, cfg)
+        if self.mixes or targets.max() > 1:
+            self.targets = targets[self.labels]  # mixed or weighted, (N,) -> (N, C)
         self.frames = window_frames(cfg)
 
         # All log-mels in one tensor (all T, M); a clip is a first row and a length in frames.
         self.lengths = torch.tensor([len(mel) for mel in clips["mel"]])
         self.firsts = self.lengths.cumsum(0) - self.lengths
-        self.mels = None
         if "mel" in model.inputs:
             self.mels = torch.from_numpy(np.concatenate([*clips["mel"]])).to(device)
 
@@ -1672,13 +1672,10 @@ class ClipDataset(Dataset):
         words = {key: ids[rows] for key, ids in self.words.items()}
         if self.augment and words:
             words = self.hide_words(words)
-        label = self.labels[rows]
-        if self.soft:  # (B,) -> (B, C)
-            label = self.targets[label]
-        batch = {"label": label} | words
+        batch = {"label": self.targets[rows]} | words
         batch = {key: tensor.to(self.device) for key, tensor in batch.items()}
 
-        if self.mels is not None:
+        if "mel" in self.model.inputs:
             batch["mel"] = self.windows(rows)
         if "speech" in self.model.inputs:
             heard = [self.samples[row] for row in rows]
