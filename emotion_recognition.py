@@ -1345,10 +1345,10 @@ def sound_file_of(recording, rate):
         # By the values, since 16 bits come in wider types too.
         samples = samples.astype(float)
         samples /= max(2.0**15, np.abs(samples).max(initial=0))
-    if samples.ndim == 1 or samples.shape[0] < samples.shape[1]:
-        samples = np.atleast_2d(samples).T
+    if samples.shape[0] < samples.shape[-1]:  # (channels, n) -> (n, channels)
+        samples = samples.T
 
-    # So that arrays are read as files are, in a format without a limit on its length.
+    # So that arrays are read as files are, in a format that has no limit of size.
     memory = io.BytesIO()
     soundfile.write(memory, samples.astype(np.float32), rate, "FLOAT", format="W64")
     memory.seek(0)
@@ -1696,11 +1696,12 @@ class ClipDataset(Dataset):
         n = len(rows)
         if self.augment:
             # The order of these draws is part of what a seed means.
-            speed = torch.exp(spread((n, 1), 0.17))
-            tempo = torch.exp(spread((n, 1), 0.15))
+            draw = functools.partial(spread, (n, 1))
+            speed = torch.exp(draw(0.17))
+            tempo = torch.exp(draw(0.15))
             place = torch.rand(n, 1)
-            warp = torch.exp(spread((n, 1), 0.08))
-            shift = spread((n, 1), 0.06)
+            warp = torch.exp(draw(0.08))
+            shift = draw(0.06)
             mel = self.read(rows, place, speed, speed * tempo, warp, shift)
             return mask(disturb(recolour(mel)))
         # The plain view needs no interpolation.
