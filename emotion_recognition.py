@@ -289,7 +289,7 @@ def make_parser():
     examples = re.findall("^    (python .+)", __doc__ or "", re.MULTILINE)
     parser = argparse.ArgumentParser(
         prog="emotion_recognition.py", usage="python %(prog)s [flags]", allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
+        argument_default=argparse.SUPPRESS, conflict_handler="resolve",  # a constant may stand there twice
         formatter_class=argparse.RawDescriptionHelpFormatter, epilog="\n".join(["examples:", *examples]),
         description="Speech emotion recognition on RAVDESS: sound, words, and both.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
@@ -297,7 +297,8 @@ def make_parser():
 
     # A notebook has no file, so its flags have no help.
     comments = r"^# (.+)\n(?=[A-Z_]+ = )|^([A-Z_]+) = [^#\n]*(?:# (.+))?"
-    found = re.findall(comments, source_code(), re.MULTILINE)
+    constants, *_ = source_code().split("\nSETTINGS = ")
+    found = re.findall(comments, constants, re.MULTILINE)
     group = parser
     for heading, name, text in found or [("", name, "") for name in SETTINGS]:
         if heading:
@@ -607,18 +608,16 @@ def spans_of(table):
 def refuse_manifest(path, table, advice):
     """Raise a UserError for the first line of a manifest that is not what it should be."""
     refuse({f"{path} lists no clips: {advice}": table.empty})
+    if not table["file"].map(os.path.isfile).any():
+        refuse_elsewhere(path, table, advice)
     named, dealt = (table[["speaker", "split"]] != "").any()
     # Two spellings may name one file.
     files, seen = table["file"].map(os.path.realpath).str.normalize("NFC"), {}
     for line, file in zip(table.itertuples(), files):
         start, end = line.span
         first = seen.setdefault((file, start, end), line.Index)
-        # Where else it may be meant to be: in the working folder, or where another machine had it.
-        places = line.file, Path(line.path), Path(path).parent / Path(line.path).name
-        there = next(filter(os.path.isfile, places), line.file)
         refuse_line(path, line.Index, {
             "it has no path": line.path == ".",  # how pathlib writes ""
-            f"{line.file} is not there, but {there} is": there != line.file,
             "it has no emotion": not line.emotion,
             f"{line.emotion!r} is the name of a column in tables of predictions": line.emotion in RESERVED,
             "it has no speaker, and other lines have one": named and not line.speaker,
@@ -626,6 +625,15 @@ def refuse_manifest(path, table, advice):
             f"start {line.start!r} and end {line.end!r} are not seconds in this order": not 0 <= start < end,
             f"the path of line {first} again": first < line.Index,
         }, advice)
+
+
+def refuse_elsewhere(path, table, advice):
+    """Raise a UserError when a manifest's first clip lies where its path would lead if it began elsewhere."""
+    number, text, tried = next(table[["path", "file"]].itertuples())
+    # In the working folder, or where another machine had its files.
+    places = Path(text), Path(path).parent / Path(text).name
+    for other in filter(os.path.isfile, places):
+        raise UserError(f"{path} line {number}: {tried} is not there, but {other} is: {advice}")
 
 
 def one_spelling(names):
@@ -1187,12 +1195,15 @@ def load_clip(source, cfg, rate=0, span=WHOLE):
 
 def load_samples(source, cfg, rate=0, span=WHOLE):
     """(float32 samples (n,) at SAMPLING_RATE, without what lies below voices, a note). Raises AudioError."""
-    parts, (rate, *_) = zip(*sound_parts(source, rate, span))
-    channels = np.concatenate(parts)  # (n, channels)
-    refuse({"NaN, infinite or huge samples": not np.abs(channels).max() < 1e6}, AudioError)
-    samples, note = one_channel(channels, cfg.channel)
-    if rate != cfg.sampling_rate:
-        samples = soxr.resample(samples, rate, cfg.sampling_rate)
+    parts, note = [], ""
+    for part, own_rate in sound_parts(source, rate, span):  # noqa: B007, all parts have the same
+        refuse({"NaN, infinite or huge samples": not np.abs(part).max() < 1e6}, AudioError)
+        samples, found = one_channel(part, cfg.channel)
+        parts.append(samples)
+        note = note or found
+    samples = np.concatenate(parts)
+    if own_rate != cfg.sampling_rate:
+        samples = soxr.resample(samples, own_rate, cfg.sampling_rate)
     if len(samples) > cfg.hop_length:
         samples = sosfiltfilt(high_pass(cfg.sampling_rate), samples).astype(np.float32)
     return samples, note
@@ -1229,56 +1240,61 @@ def sound_parts(source, rate=0, span=WHOLE):
 
     Raises AudioError, and UserError for what is no recording.
     """
-    try:
-        with open_recording(source, rate) as file:
-            yield from file_parts(file, span)
-    except (soundfile.LibsndfileError, OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error).rpartition(": ")[2]
-        if getattr(error, "code", 0) == 7:  # libsndfile says of a text named .mp3 that it does not exist
-            reason = "Format not recognised"
-        raise AudioError(f"not readable ({reason.strip(' .')})") from error
-
-
-def open_recording(source, rate):
-    """An open SoundFile of a file or an array, whatever it takes to decode it. Raises UserError."""
     if not isinstance(source, (str, Path)):
-        return sound_file_of(source, rate)
+        yield from array_parts(*numbers_of(source, rate), span)
+        return
+    opened = False
     try:
-        return open_sound(str(source))
-    except (soundfile.LibsndfileError, TypeError):  # the latter where a name ends in .raw
-        if Path(source).suffix.lower() in AUDIO_SUFFIXES:
-            raise
-    return sound_file_of(*decode_with_librosa(source))
+        with open_sound(str(source)) as file:
+            opened = True
+            yield from file_parts(file, span)
+    except (soundfile.LibsndfileError, OSError, ValueError, TypeError) as error:  # the last of a name in .raw
+        if opened or Path(source).suffix.lower() in AUDIO_SUFFIXES:
+            reason = getattr(error, "strerror", None) or str(error).rpartition(": ")[2]
+            if getattr(error, "code", 0) == 7:  # libsndfile says of a text named .mp3 that it does not exist
+                reason = "Format not recognised"
+            raise AudioError(f"not readable ({reason.strip(' .')})") from error
+        yield from array_parts(*decode_with_librosa(source), span)
 
 
 def file_parts(file, span):
     """Yields (samples (n, channels), rate in Hz) of an open SoundFile, as far as its decoder comes."""
-    rate, (start, end) = file.samplerate, span
-    seconds = file.frames / rate
+    rate = file.samplerate
+    refuse({f"its header says {rate} Hz": not 1000 <= rate <= 768000}, AudioError)
+    start, last = frames_in(span, file.frames, rate)
+    if file.seekable():
+        file.seek(start)
+    else:
+        file.read(start)
+    first = start
+    # By number, since some codecs cannot seek.
+    while first < last and len(part := file.read(min(PART * rate, last - first), "float32", always_2d=True)):
+        first += len(part)
+        yield part, rate
+    # A length that nobody wrote is no promise.
+    refuse({"no samples in it": first == start,
+            f"cut off: it ends after {first / rate:.2f} of {last / rate:.2f} s": first < last < 2**60},
+           AudioError)
+
+
+def array_parts(samples, rate, span):
+    """Yields (samples (n, channels), rate in Hz) of an array (n, channels)."""
+    first, last = frames_in(span, len(samples), rate)
+    for place in range(first, last, PART * rate):
+        yield samples[place:min(last, place + PART * rate)], rate
+
+
+def frames_in(span, length, rate):
+    """The first and the last frame of a span of a recording of `length` frames. Raises AudioError."""
+    start, end = span
+    seconds = length / rate
+    refuse({"no samples in it": not length}, AudioError)
     # Tables round their seconds.
     inside = 0 <= start < min(end, seconds) and not seconds + 0.1 < end < math.inf
-    refuse({
-        f"its header says {rate} Hz": not 1000 <= rate <= 768000,
-        "no samples in it": not file.frames,
-        f"its segment from {start} to {end} s does not lie in its {seconds:.2f} s": not inside,
-    }, AudioError)
-
-    first = place = math.floor(start * rate)
-    last = max(first + 1, round(min(end, seconds) * rate))
-    if file.seekable():
-        file.seek(first)
-    else:
-        file.read(first)
-    # By number, since some codecs cannot seek.
-    while place < last and len(part := file.read(min(PART * rate, last - place), "float32", always_2d=True)):
-        place += len(part)
-        yield part, rate
-
-    # A length that nobody wrote is no promise.
-    refuse({
-        "no samples in it": place == first,
-        f"cut off: it ends after {place / rate:.2f} of {last / rate:.2f} s": place < last < 2**60,
-    }, AudioError)
+    refuse({f"its segment from {start} to {end} s does not lie in its {seconds:.2f} s": not inside},
+           AudioError)
+    first = math.floor(start * rate)
+    return first, max(first + 1, round(min(end, seconds) * rate))
 
 
 SIZES = {  # where the header of a file says how long it is: first byte, byte after the last, order
@@ -1315,19 +1331,23 @@ def open_sound(path):
 
 
 def decode_with_librosa(path):
-    """Samples (n,) or (channels, n) of a file that libsndfile cannot read, their rate. Raises AudioError."""
+    """Samples (n, channels), float32, of a file that libsndfile cannot read, and their rate in Hz.
+
+    Raises AudioError.
+    """
     import librosa
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return librosa.load(path, sr=None, mono=False)
+            samples, rate = librosa.load(path, sr=None, mono=False)
     except Exception as error:  # each of its backends has its own
         missing = ", and ffmpeg, which reads most formats, is not installed" * (not shutil.which("ffmpeg"))
         raise AudioError(f"not readable as audio{missing}") from error
+    return np.atleast_2d(samples).T, round(rate)
 
 
-def sound_file_of(recording, rate):
-    """An open SoundFile in memory of an array, list, tensor or a pair of one and its rate in Hz.
+def numbers_of(recording, rate):
+    """Samples (n, channels), float32, and their rate in Hz, of an array, list, tensor or a pair of both.
 
     Raises UserError.
     """
@@ -1345,14 +1365,9 @@ def sound_file_of(recording, rate):
         # By the values, since 16 bits come in wider types too.
         samples = samples.astype(float)
         samples /= max(2.0**15, np.abs(samples).max(initial=0))
-    if samples.shape[0] < samples.shape[-1]:  # (channels, n) -> (n, channels)
-        samples = samples.T
-
-    # So that arrays are read as files are, in a format that has no limit of size.
-    memory = io.BytesIO()
-    soundfile.write(memory, samples.astype(np.float32), rate, "FLOAT", format="W64")
-    memory.seek(0)
-    return soundfile.SoundFile(memory)
+    if samples.ndim == 1 or samples.shape[0] < samples.shape[1]:
+        samples = np.atleast_2d(samples).T
+    return samples.astype(np.float32), rate
 
 
 def load_package(name, advice, part="__name__"):
@@ -1646,12 +1661,13 @@ class ClipDataset(Dataset):
     def __init__(self, clips, model, cfg, device, augment=False):
         self.model, self.cfg, self.device = model, cfg, device
         self.augment, self.view = augment, model.views[0]
-        self.labels = self.targets = torch.tensor(clips["emotion"].cat.codes.tolist())
-        self.mixes = augment and cfg.mixup and "mixup" in model.settings
-        targets = class_targets(clips, cfg)
-        if self.mixes or targets.max() > 1:
-            self.targets = targets[self.labels]  # mixed or weighted, (N,) -> (N, C)
         self.frames = window_frames(cfg)
+        self.mixes = augment and cfg.mixup and "mixup" in model.settings
+        self.labels = torch.tensor(clips["emotion"].cat.codes.tolist())
+        targets = class_targets(clips, cfg)
+        # What is mixed or weighted needs a share of each class, (N,) -> (N, C).
+        soft = self.mixes or targets.max() > 1
+        self.targets = targets[self.labels] if soft else self.labels
 
         # All log-mels in one tensor (all T, M); a clip is a first row and a length in frames.
         self.lengths = torch.tensor([len(mel) for mel in clips["mel"]])
@@ -2910,7 +2926,7 @@ def read_results(folder):
 GROUPS = "", "fold seed", "actor", "sex", "intensity", "statement", "emotion"
 
 
-@functools.lru_cache
+@functools.lru_cache(maxsize=16)
 def figures_of(results, *by):
     """The figures of every system and split, or of the groups that the columns `by` make: a row each."""
     groups = results.predictions.groupby(["system", "split", *by], sort=False)
@@ -3003,7 +3019,7 @@ def weighted_uar(weights, table, classes):
         return np.nanmean((weights @ right) / (weights @ true), axis=1)
 
 
-@functools.lru_cache
+@functools.lru_cache(maxsize=16)
 def bootstrap(results):
     """The test UAR of every system (columns) in 2000 bootstrap draws (rows).
 
@@ -3020,7 +3036,7 @@ def bootstrap(results):
     return pd.DataFrame(uars)
 
 
-@functools.lru_cache
+@functools.lru_cache(maxsize=16)
 def summarize(results):
     """A row per system of the figures that a reader compares, UAR with its interval; index: system."""
     figures = figures_of(results)
@@ -4042,7 +4058,8 @@ def start_table(path, columns, keys):
     with only_warning():
         save(path, before)
         print(f"Answers go to {path}", file=sys.stderr)
-    return set(before["key"])
+        return set(before["key"])
+    return set()
 
 
 def columns_of(recordings, classes):
@@ -4145,7 +4162,7 @@ def write_demo_corpus(folder, actors=range(1, 25), statements=(1, 2)):
 
 def write_demo_encoder(folder):
     """Write a small, untrained DistilBERT that knows the words of the sentence bank, in the usual layout."""
-    if Path(folder).exists():
+    if Path(folder, "model.safetensors").exists():
         return
     transformers = load_transformers()
     # A vocabulary of whole words: every sentence of the bank can be read.
@@ -4154,6 +4171,7 @@ def write_demo_encoder(folder):
     torch.manual_seed(0)
     config = transformers.DistilBertConfig(vocab_size=len(tokens), dim=64, n_layers=2, n_heads=4,
                                            hidden_dim=128)
+    shutil.rmtree(folder, ignore_errors=True)  # an incomplete one
     with replacing(folder) as temporary:
         transformers.DistilBertModel(config).save_pretrained(temporary)
         Path(temporary, "vocab.txt").write_text("\n".join(tokens), encoding="utf-8")

@@ -6656,12 +6656,30 @@ def test_no_emotion_is_called_like_a_column_of_an_answer(name):
     ("tables/a.wav", "elsewhere/a.wav", "tables/a.wav"),
 ])
 def test_a_manifest_whose_paths_begin_elsewhere_names_both_places(place, path, other):
-    touch(".", place, "tables/b.wav")
-    lines = "path,emotion", "b.wav,happy", f"{path},sad"
+    touch(".", place, "tables/c.wav")
+    lines = "path,emotion", f"{path},sad", "b.wav,happy"
     Path("tables/m.csv").write_text("\n".join(lines), encoding="utf-8")
     tried = f"tables/{path}".replace("\\", "/")
     assert refusal_of("--manifest", "tables/m.csv").startswith(
-        f"tables/m.csv line 3: {tried} is not there, but {other} is: ")
+        f"tables/m.csv line 2: {tried} is not there, but {other} is: ")
+
+
+def test_a_manifest_that_lacks_one_file_is_heard_although_another_has_its_name(unpublished):
+    flags = own_corpus(["happy", "sad"], [1, 2, 3])
+    with Path("own/corpus.csv").open("a") as table:
+        table.write("elsewhere/000.wav,sad,1\n")
+    written("own/000.wav", speech())
+    assert "left out: unusable 1" in data_of(*flags)[0]
+
+
+def test_an_edited_constant_may_stand_on_a_line_of_its_own():
+    source = SCRIPT.read_text(encoding="utf-8").replace("\nSETTINGS = ", "\nEPOCHS_CNN = 3\nSETTINGS = ", 1)
+    source = source.replace("\nclass UserError", "\nSEED = 7\n\n\nclass UserError", 1)
+    Path("edited.py").write_text(source, encoding="utf-8")
+    command = [sys.executable, "edited.py", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert "(default: 3)" in done.stdout and "(default: 7)" in done.stdout
 
 
 def test_paths_of_a_manifest_start_in_its_folder():
