@@ -4587,6 +4587,14 @@ def test_robustness_asks_every_model_that_hears_after_every_change(robustness, c
         assert re.fullmatch(r"UAR: female \S+ %, male \S+ %; gap \S+ %, by chance up to \S+ % .*", line)
 
 
+@pytest.fixture
+def few_changes(robustness, monkeypatch):
+    """Recordings are changed in three ways of many, one of which leaves nothing to be heard."""
+    names = "none", "clipping, loudest 0.3 %", "white noise, 0 dB"
+    few = {name: robustness.CHANGES[name] for name in names}
+    monkeypatch.setattr(robustness, "CHANGES", few)
+
+
 def answer_always(monkeypatch, number):
     """Let models give a window the emotion of a number, whatever they hear; nothing if it is silent."""
     def infer(model, windows, cfg, device):
@@ -4598,7 +4606,7 @@ def answer_always(monkeypatch, number):
 
 
 def test_robustness_of_who_always_answers_the_same_is_perfect_and_its_uar_chance(
-        robustness, copied, monkeypatch, capsys):
+        robustness, few_changes, copied, monkeypatch, capsys):
     answer_always(monkeypatch, 4)
     robustness.main([str(OUTPUT), str(CORPUS), "--clips", "16", "--system", "cnn"])
     _, tables, _ = robust(capsys.readouterr().out, robustness.CHANGES)
@@ -4607,7 +4615,8 @@ def test_robustness_of_who_always_answers_the_same_is_perfect_and_its_uar_chance
         assert (unchanged, uar, refused) == (100, 12.5, 0)
 
 
-def test_robustness_counts_no_speech_as_a_changed_and_wrong_answer(robustness, copied, monkeypatch, capsys):
+def test_robustness_counts_no_speech_as_a_changed_and_wrong_answer(
+        robustness, few_changes, copied, monkeypatch, capsys):
     answer_always(monkeypatch, 4)
     monkeypatch.setattr(er.Predictor, "gate", lambda self, clip, windows, heard: (
         er.spread_of(er.level_of(clip.mel)) > 20, ""))
