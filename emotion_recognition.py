@@ -719,18 +719,18 @@ def load_clips(files, cfg):
 
     load_torchaudio()  # now, so that an installation that does not work is one sentence
     listed = files.query("reason == ''")
-    loaded = in_parallel(load, listed.itertuples(), "Reading clips")
+    loaded = in_parallel(load, listed.itertuples())
     loaded = pd.DataFrame(loaded, listed.index, ["reason", "digest", *FEATURES, "note"])
     files.loc[listed.index, "reason"] = loaded.pop("reason")
     return files.join(loaded)
 
 
-def in_parallel(function, items, title):
+def in_parallel(function, items):
     """[function(item), ...] by a pool of threads, with a progress bar; safe in notebooks and on Windows."""
     items, threads = list(items), torch.get_num_threads()
     torch.set_num_threads(1)  # new threads take this over: one clip, one thread, and the same last bit
     try:
-        return thread_map(function, items, desc=title, max_workers=os.cpu_count(), leave=False,
+        return thread_map(function, items, desc="Reading clips", max_workers=os.cpu_count(), leave=False,
                           disable=len(items) < 500)
     finally:
         torch.set_num_threads(threads)
@@ -1508,7 +1508,7 @@ def loading(flag, name, without):
 
 
 def load_pretrained(name):
-    """The network of a hub name or folder, with all its weights, ready to be frozen or trained on."""
+    """The network of a hub name or folder, with all its weights; raises anything, so within `loading`."""
     module, info = load_transformers().AutoModel.from_pretrained(name, output_loading_info=True)
     # Weights that are lacking would be random; some are not used here.
     lacking = [key for key in info["missing_keys"] if not re.search("pooler|masked_spec_embed", key)]
@@ -1966,6 +1966,7 @@ class AudioCNN(Encoder):
 
     def pool(self, steps, mask):
         """Attentive mean and standard deviation over time (Okabe et al. 2018): (B, S, 128) -> (B, 256)."""
+        # No step is masked: sound has no padding.
         weight = self.attention(steps).softmax(dim=1)  # (B, S, 1)
         mean = (weight * steps).sum(dim=1)
         variance = (weight * (steps - mean[:, None]) ** 2).sum(dim=1)
@@ -2941,7 +2942,7 @@ def test_uar(results, *by):
 
 def score(table, classes):
     """Clips, accuracy, UAR, macro-F1, NLL and ECE of rows of predictions, as a dict."""
-    # By numbers and counts: scikit-learn's checks of its arguments take ten times as long as this.
+    # By numbers and counts: scikit-learn's checks of its arguments would take half of all the time here.
     pairs = np.unique(table[["emotion", "predicted"]], return_inverse=True)[1].reshape(-1, 2)
     true, predicted = pairs.T
     named = np.bincount(pairs.ravel())  # each name, as true or as predicted

@@ -7953,7 +7953,7 @@ def test_two_runs_may_hear_the_same_clip_at_once(listened):
     def features(wave):
         return er.speech_features(wave, (1.0, ""), encoder, cfg, "cpu").tolist()
 
-    found = er.in_parallel(features, samples, "")
+    found = er.in_parallel(features, samples)
     assert found == found[:20] * 8
     names = {path.name for path in Path("outputs/cache").iterdir()} - {".lock"}
     assert len(names) == 20
@@ -9509,7 +9509,7 @@ def test_features_and_digests_take_a_quarter_of_the_time_of_librosa(all_cores):
             librosa.feature.melspectrogram(y=samples, sr=rate)
 
     def with_product():
-        er.in_parallel(lambda path: er.load_clip(path, cfg), paths, "")
+        er.in_parallel(lambda path: er.load_clip(path, cfg), paths)
 
     ours, theirs = seconds_of(with_product, with_librosa)
     print(f"\nfeatures: {1000 * ours / len(paths):.2f} ms a clip, librosa's loop "
