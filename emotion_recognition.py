@@ -1306,6 +1306,9 @@ SIZES = {  # where the header of a file says how long it is: first byte, byte af
 }
 
 
+LONGEST_PAGE = 65307  # of Ogg, in bytes
+
+
 def open_sound(path):
     """An open SoundFile. Raises AudioError for what is no file of sound, or was cut off."""
     file = Path(path)
@@ -1316,6 +1319,8 @@ def open_sound(path):
     }, AudioError)
     with file.open("rb") as opened:
         start = opened.read(4096)
+        opened.seek(max(0, file.stat().st_size - LONGEST_PAGE))
+        *_, page = opened.read().rpartition(b"OggS")
     # libsndfile reads a file that was cut off without a word; 0 and all ones were never filled in.
     first, last, order = SIZES.get(start[:4], (0, 0, "big"))
     declared = int.from_bytes(start[first:last], order)
@@ -1323,11 +1328,18 @@ def open_sound(path):
         "not readable: it is empty": not start,
         "it is a pointer of Git LFS and not the file: git lfs pull fetches it": start.startswith(GIT_LFS),
         "cut off: less data than its header says": file.stat().st_size < declared < 0x7FFFF000,
+        "cut off: its last page is missing": start.startswith(b"OggS") and not ends_stream(page),
     }, AudioError)
     unfilled = b"data\0\0\0\0"
     if start.startswith(b"RIFF") and unfilled in start:
         path = io.BytesIO(file.read_bytes().replace(unfilled, b"data\xff\xff\xff\xff", 1))
     return soundfile.SoundFile(path)
+
+
+def ends_stream(page):
+    """Whether the bytes behind OggS are a page that is marked as the last of its stream, and all of it."""
+    last = 23 + int.from_bytes(page[22:23], "big")  # where the lengths of its segments end
+    return page[1:2] >= b"\4" and len(page) >= last + sum(page[23:last])
 
 
 def decode_with_librosa(path):
@@ -2288,7 +2300,8 @@ class Trainer:
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, rate, steps, pct_start=0.15)
         self.scaler = torch.amp.GradScaler(device, enabled=training_precision(device) == torch.float16)
         self.loss = nn.CrossEntropyLoss(label_smoothing=cfg.label_smoothing)
-        self.average, self.ema_decay = copy.deepcopy(model), cfg.ema_decay
+        # A copy's recurrent weights lie apart, of which cuDNN warns; moving it, if only in place, joins them.
+        self.average, self.ema_decay = copy.deepcopy(model).to(device), cfg.ema_decay
         self.parts = {"model": model, "average": self.average, "optimizer": self.optimizer,
                       "schedule": self.schedule, "scaler": self.scaler}
         self.generators = [torch] if device == "cpu" else [torch, getattr(torch, device)]
@@ -2822,7 +2835,7 @@ def fit_fusion_weights(logs, labels):
 
 def labels_of(emotions, classes):
     """The label indices (N,) of a column of emotions."""
-    return np.array(list(map(classes.index, emotions)))
+    return np.array(list(map(classes.index, emotions)), int)
 
 
 TRAITS = ["split", "clip", "actor", "emotion", "intensity", "statement", "sex", "transcript"]  # if known
@@ -2930,9 +2943,7 @@ GROUPS = "", "fold seed", "actor", "sex", "intensity", "statement", "emotion"
 @functools.lru_cache(maxsize=16)
 def figures_of(results, *by):
     """The figures of every system and split, or of the groups that the columns `by` make: a row each."""
-    groups = results.predictions.groupby(["system", "split", *by], sort=False)
-    figures = {key: score(part, results.classes) for key, part in groups}
-    return pd.DataFrame.from_dict(figures, "index").rename_axis(["system", "split", *by])
+    return score(results.predictions, results.classes, ["system", "split", *by])
 
 
 def test_uar(results, *by):
@@ -2940,33 +2951,41 @@ def test_uar(results, *by):
     return figures_of(results, *by)["uar"].xs("test", level="split")
 
 
-def score(table, classes):
-    """Clips, accuracy, UAR, macro-F1, NLL and ECE of rows of predictions, as a dict."""
-    # By numbers and counts: scikit-learn's checks of its arguments would take half of all the time here.
-    pairs = np.unique(table[["emotion", "predicted"]], return_inverse=True)[1].reshape(-1, 2)
-    true, predicted = pairs.T
-    named = np.bincount(pairs.ravel())  # each name, as true or as predicted
-    right = np.bincount(true[true == predicted], minlength=len(named))
-    f1 = 2 * right / named
-
+def score(table, classes, by):
+    """Clips, accuracy, UAR, macro-F1, NLL and ECE of predictions: a row for each group that columns make."""
     # Six decimals in a CSV do not add up to one.
     probabilities = table[classes].to_numpy().clip(1e-7, 1)
     answered = probabilities[np.arange(len(table)), labels_of(table["emotion"], classes)]
-    nll = np.log(probabilities.sum(axis=1) / answered)
-    bins = reliability(table, classes)
-    ece = np.average(abs(bins["confidence"] - bins["right"]), weights=bins["clips"])
-    # The ECE to expect by chance when every confidence is right is that of binomial counts in every bin.
-    variance = bins["confidence"] * (1 - bins["confidence"]) / bins["clips"]  # of the share right
-    if_perfect = np.average(np.sqrt(2 * variance / math.pi), weights=bins["clips"])
-    return {
-        "clips": len(table),
-        "accuracy": (true == predicted).mean(),
-        "uar": recall(true, predicted),
-        "macro_f1": f1.mean(),
-        "nll": nll.mean(),
-        "ece": ece,
-        "ece_if_perfect": if_perfect,
-    }
+    rows = table[by].assign(
+        true=table["emotion"],
+        found=table["predicted"],
+        right=table["emotion"] == table["predicted"],
+        nll=np.log(probabilities.sum(axis=1) / answered))
+    groups, emotions = rows.groupby(by, sort=False), rows.groupby([*by, "true"], sort=False)["right"]
+
+    # Of each emotion that occurs, as true or as predicted.
+    named = rows.melt(by, ["true", "found"]).groupby([*by, "value"], sort=False).size()
+    f1 = 2 * emotions.sum().reindex(named.index, fill_value=0) / named
+
+    return pd.DataFrame({
+        "clips": groups.size(),
+        "accuracy": groups["right"].mean(),
+        "uar": emotions.mean().groupby(by, sort=False).mean(),
+        "macro_f1": f1.groupby(by, sort=False).mean(),
+        "nll": groups["nll"].mean(),
+        **calibration_errors(table, classes, by),
+    }, groups.size().index)
+
+
+def calibration_errors(table, classes, by):
+    """ECE of groups of predictions, and what it would be by chance if every confidence were right."""
+    bins = reliability(table, classes, by)
+    confidence, clips = bins["confidence"], bins["clips"]
+    # How many answers are right is binomial then.
+    deviation = np.sqrt(2 / math.pi * confidence * (1 - confidence) / clips)
+    gaps = pd.DataFrame({"ece": abs(confidence - bins["right"]), "ece_if_perfect": deviation})
+    share = clips / clips.groupby(by).transform("sum")
+    return gaps.mul(share, axis="index").groupby(by, sort=False).sum()
 
 
 def confusion(table, classes):
@@ -2975,19 +2994,16 @@ def confusion(table, classes):
     return counts.reindex(index=classes, columns=classes, fill_value=0)
 
 
-def reliability(table, classes, bins=15):
-    """A row for each of equal bins of confidence that is in use: mean confidence, share right, clips."""
+def reliability(table, classes, by, bins=15):
+    """Mean confidence, share right and clips in equal bins of confidence: a row for each group and bin."""
     confidence = table[classes].max(axis=1)
-    # A confidence of exactly 1 belongs to the last bin.
-    which = (confidence * bins).astype(int).clip(upper=bins - 1)
-    answers = pd.DataFrame({"confidence": confidence, "right": table["emotion"] == table["predicted"]})
-    groups = answers.groupby(which)
+    answers = table[by].assign(
+        # A confidence of exactly 1 belongs to the last bin.
+        bin=(confidence * bins).astype(int).clip(upper=bins - 1),
+        confidence=confidence,
+        right=table["emotion"] == table["predicted"])
+    groups = answers.groupby([*by, "bin"], sort=False)
     return groups.mean().assign(clips=groups.size())
-
-
-def uar_of(table):
-    """The UAR of rows of predictions."""
-    return recall(table["emotion"].to_numpy(), table["predicted"].to_numpy())
 
 
 def unseen_actors(clips):
@@ -3055,7 +3071,7 @@ def summarize(results):
         "high": draws.quantile(0.975),
         "sd_folds": by_run.groupby(["system", "fold"]).mean().groupby("system").std(),
         "sd_seeds": by_run.groupby(["system", "seed"]).mean().groupby("system").std(),
-        "unseen": pd.Series({name: uar_of(part) for name, part in unseen.groupby("system")}, dtype=float),
+        "unseen": score(unseen, results.classes, ["system"])["uar"],
     })
     return summary.join(test.drop(columns=["clips", "uar"])).loc[list(draws)]
 
@@ -3345,14 +3361,12 @@ def plot_comparison(results):
 def plot_reliability(results):
     """How often each system is right on test clips, by its confidence; ideally on the diagonal."""
     import seaborn as sns
-    bins = {results.titles[name]: reliability(part, results.classes)
-            for name, part in results.by_system}
     # Fewer clips say nothing of how often a system is right.
-    lines = pd.concat(bins, names=["system", "bin"]).query("clips >= 5").reset_index()
+    lines = reliability(results.test, results.classes, ["system"]).query("clips >= 5").reset_index()
     if lines.empty:
         return
     lines[["confidence in %", "right in %"]] = 100 * lines[["confidence", "right"]]
-    grid = sns.relplot(lines, x="confidence in %", y="right in %", col="system",
+    grid = sns.relplot(lines.replace(results.titles), x="confidence in %", y="right in %", col="system",
                        col_wrap=4, height=2.2, kind="line", marker="o")
     grid.set_titles("{col_name}", size=7)
     grid.map(lambda **_: plt.axline((0, 0), slope=1, color="firebrick"))
@@ -3361,11 +3375,11 @@ def plot_reliability(results):
 
 def plot_coverage(results):
     """The test UAR of the answers that are left when the least confident ones are withheld."""
-    shares, uars = np.linspace(0.1, 1, 19), {}
-    for name, part in results.by_system:
-        order = part.loc[part[results.classes].max(axis=1).sort_values(ascending=False).index]
-        uars[results.titles[name]] = [uar_of(order[:math.ceil(share * len(order))]) for share in shares]
-    lines = 100 * pd.DataFrame(uars, 100 * shares)
+    uars, confidence = {}, results.test[results.classes].max(axis=1).groupby(results.test["system"])
+    before = (confidence.rank(method="first", ascending=False) - 1) / confidence.transform("size")
+    for share in np.linspace(0.1, 1, 19):
+        uars[100 * share] = score(results.test[before < share], results.classes, ["system"])["uar"]
+    lines = 100 * pd.DataFrame(uars).T.rename(columns=results.titles)
     axis = lines.plot(figsize=(8, 4), xlabel="answered in %", ylabel="UAR in %")
     legend_beside(axis, fontsize=7)
     save_plot(axis.figure, results, "coverage", "UAR of the most confident answers")

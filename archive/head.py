@@ -65,7 +65,7 @@ def main(argv):
     calibration = er.calibrate({"speech": checkpoint}, cfg)
     answers = er.predict({"speech": log_probs}, windows, calibration, cfg)
     table = er.predictions_table(answers, clips, er.EMOTIONS)
-    print(er.pd.Series(er.score(table, er.EMOTIONS)).to_string())
+    print(er.score(table, er.EMOTIONS, ["system"]).T.to_string())
     print(f"{TARGET}: {TARGET.stat().st_size / 1000:.0f} kB")
 
 

@@ -99,8 +99,7 @@ def answers_to(clips, predictor, titles):
 
 def show(answers, classes):
     """Print the figures of one system by change, and its UAR by sex."""
-    scores = {change: er.score(part, classes) for change, part in answers.groupby("change", sort=False)}
-    table = pd.DataFrame(scores, ["uar", "ece", "ece_if_perfect"]).T
+    table = er.score(answers, classes, ["change"])[["uar", "ece", "ece_if_perfect"]].rename_axis(None)
     said = answers.pivot(index="clip", columns="change", values="predicted").replace(er.NO_SPEECH, np.nan)
     table.insert(0, "unchanged", said.eq(said["none"], axis=0).mean())
     table[er.NO_SPEECH] = said.isna().sum()
