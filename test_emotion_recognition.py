@@ -50,7 +50,7 @@ import pytest
 import soundfile
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import emotion_recognition as er
@@ -2231,6 +2231,7 @@ ANY_NUMBER = st.one_of(
 
 @settings(max_examples=80, deadline=None)
 @given(st.sampled_from(names_of_settings(int, float)), ANY_NUMBER)
+@example("RUNS", 2**31)  # of which no list is made
 def test_any_number_is_accepted_or_refused_as_a_flag_and_as_a_constant_alike(name, value):
     by_flag = outcome(f"{flag(name)}={value}")
     with pytest.MonkeyPatch.context() as patch:
