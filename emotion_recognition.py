@@ -32,7 +32,7 @@ Trains six models and compares sixteen systems that tell emotions apart, on spea
     python emotion_recognition.py --folds 0,1,2,3,4                cross-validation, every actor tested once
     python emotion_recognition.py --manifest corpus.csv            another corpus, listed in a table
     python emotion_recognition.py --phase data                     what there is, and how it is split
-    python emotion_recognition.py --phase unimodal                 sound alone and words alone, no fusion
+    python emotion_recognition.py --phase unimodal                 sound and words, without early fusion
     python emotion_recognition.py --phase fusion --epochs-cnn 5    fusions and their parts, another setting
     python emotion_recognition.py --phase report                   tables, plots and report once more
     python emotion_recognition.py --phase predict --input me.wav   an answer, also before anything is trained
@@ -128,7 +128,7 @@ ONLY_RUN = 0                     # train this one of several runs, from 1 on, wi
 # Splits
 LEAVE_OUT = ""                   # emotions to do without, comma-separated: calm,disgust
 MERGE = ""                       # emotions to count as others, in pairs: calm=neutral,boredom=sad
-SPLIT = "speaker"                # speaker: no actor in two splits; text: nor a sentence; half; random
+SPLIT = "speaker"                # no actor in two splits; text: nor a sentence; half: half the clips; random
 FOLDS = "0"                      # which fifth of the actors is tested; 0,1,2,3,4: cross-validation
 TEST_VIEWS = 5                   # slightly different readings of a clip that are averaged; 1: one
 # Words
@@ -482,7 +482,7 @@ def merged(files, cfg, known):
     classes = classes_of(files)
     every = list(dict.fromkeys([*EMOTIONS, *classes, *known]))
     refuse({f"--merge {cfg.merge} is not a list of pairs such as calm=neutral, of {', '.join(every)}":
-            not {*pairs, *pairs.values()} <= {*every, *SYNONYMS}})
+            not (pairs.keys() - SYNONYMS | {*pairs.values()}) <= {*every}})
     names = {name: pairs.get(name, name) for name in classes}
     there = [name for name in every if name in names.values()]
     return files.assign(emotion=pd.Categorical(files["emotion"].astype(object).map(names), there))
@@ -578,9 +578,7 @@ def list_manifest(path):
     """
     advice = "mend it or leave out --manifest"
     table = read_table(path, ["path", "emotion"], "speaker split transcript start end".split(), advice)
-    # Tables come from Windows too, and "Sad " is "sad".
-    paths = table["path"].map(os.path.expanduser)
-    table["path"] = [PureWindowsPath(text).as_posix() for text in paths]
+    table["path"] = table["path"].map(path_in)
     table["emotion"] = table["emotion"].str.lower()
     table["split"] = table["split"].str.lower().replace(SPLIT_NAMES)
     segments = ("#" + table["start"] + "-" + table["end"]).replace("#-", "")
@@ -598,6 +596,11 @@ def list_manifest(path):
         actor=numbers_if_plain(one_spelling(table["speaker"])),
         reason="")
     return files.reset_index(drop=True)
+
+
+def path_in(text):
+    """A path of a table, which may come from Windows or start at home."""
+    return PureWindowsPath(os.path.expanduser(text)).as_posix()  # noqa: PTH111
 
 
 def spans_of(table):
@@ -821,6 +824,8 @@ def split_clips(corpus, run):
         clips = deal(clips, "digest", *random_digests(clips, run.seed))
     elif lacks_validation(clips):
         speakers = sorted(set(clips.query("split == 'train'")["actor"]))[1::5]
+        refuse({f"{corpus.source} has no split validation, and too few named speakers in train to choose "
+                "some: complete its column split or speaker": not speakers})
         taken = (clips["split"] == "train") & clips["actor"].isin(speakers)
         clips = clips.assign(split=clips["split"].mask(taken, "validation"))
     # Under another name, the same bytes may stand on the other side of the split.
@@ -835,7 +840,8 @@ def sentence_halves(clips, cfg):
     """
     if "statement" in clips:
         return clips["statement"].astype(str)
-    said = clips.get("transcript", clips["clip"])
+    # What nobody has written down may be any sentence.
+    said = clips.get("transcript", clips["clip"]).replace("", np.nan).fillna(clips["clip"])
     speakers = clips.groupby(said)["actor"].nunique()
     refuse({f"--split text needs sentences that speakers repeat word for word, and {speakers.idxmin()!r} has "
             f"one speaker: complete the column transcript of {cfg.manifest}, or leave out --split":
@@ -1075,20 +1081,19 @@ def deal_emotions(clips, run):
 def transcribe(clips, cfg, device):
     """The clips with Whisper's transcripts, cached as JSON, so that a killed run goes on where it was.
 
-    The cache knows clips by their bytes and checkpoints by theirs.
+    The cache knows what is heard of clips by its samples, and checkpoints by their bytes.
     """
     source, path = Path(cfg.whisper_model), Path(cfg.output_dir, "transcripts_whisper.json")
     model_key = digest(source.read_bytes()) if source.is_file() else cfg.whisper_model
-    # English is what it was before there was a choice.
-    model_key += f" {cfg.whisper_language}" * (cfg.whisper_language != "en")
     cache = read_back(path) if path.exists() else {}
     refuse({f"{path} holds no transcripts: delete it or name another --output-dir": type(cache) is not dict})
     # A cache by content: another checkpoint or a changed clip is transcribed anew.
-    keys = model_key + " " + clips["digest"]
+    heard = clips["samples"].map(lambda samples: digest(samples.tobytes()))
+    keys = f"{model_key} {cfg.whisper_language} " + heard
     todo = clips["samples"][~keys.isin(list(cache))]
     for row in tqdm(todo.index, "Transcribing", disable=todo.empty):
-        heard = soxr.resample(todo[row], cfg.sampling_rate, 16000)
-        cache[keys[row]] = transcript_of(heard, cfg, device)
+        samples = soxr.resample(todo[row], cfg.sampling_rate, 16000)
+        cache[keys[row]] = transcript_of(samples, cfg, device)
         save(path, cache)
     return clips.assign(transcript=keys.map(cache))
 
@@ -1162,7 +1167,7 @@ class Silence(AudioError):
 # must be said of its sound.
 Clip = namedtuple("Clip", "mel samples seconds note")
 FEATURES = ["mel", "samples", "seconds"]  # the columns of clips that hold their sound
-PART = 300  # seconds of a recording that are in memory at once
+PART = 300  # seconds that are read, and by Predictor answered, at a time
 LEAST = 16  # frames: what is shorter says nothing
 FLOOR = 1e-7  # of the loudest power, added to every mel band: fainter noise makes no difference
 STEADY = 6  # dB between quiet and loud frames of noise; clips of RAVDESS have 22 and more
@@ -1819,7 +1824,7 @@ def disturb(mel):
     Noise lies 25 to 70 dB below loud speech in the middle band, with a slope of up to 8 dB either way.
     """
     bands, draw = bands_and_draw(mel, torch.rand)
-    edge = torch.where(draw() < 0.25, 0.2 + 0.8 * draw(), 1.0)  # 4 kHz is at 0.38
+    edge = torch.where(draw() < 0.25, 0.2 + 0.8 * draw(), 1.0)  # 4 kHz is at 0.5
     mel = mel.masked_fill((bands > edge)[:, None, :, None], math.log(FLOOR))
 
     decibels = -70 + 45 * draw() + 8 * (2 * draw() - 1) * bands  # (B, M)
@@ -2610,9 +2615,13 @@ def fingerprint_of(cfg, name, clips):
     Settings stand as they are; clips, transcripts, code and parts as keys of their content.
     """
     system = SYSTEMS[name]
-    settings = {key: getattr(cfg, key) for key in SHARED} | system.kind.depends_on(cfg)
+    # Which frames are loud enough to be kept is seen in log-mels, also where samples are heard.
+    heard = ["n_mels", "n_fft"] * (not SOUND.isdisjoint(system.kind.inputs))
+    settings = {key: getattr(cfg, key) for key in (*SHARED, *heard)} | system.kind.depends_on(cfg)
     fingerprint = {key: str(value) for key, value in settings.items()}
-    fingerprint["clips"] = digest(clips[["clip", "digest", "emotion", "split"]].to_csv(index=False))
+    # By window: log-probabilities of models with other windows of the same clips cannot be joined.
+    windows = windows_of(clips, cfg)[["clip", "digest", "emotion", "split"]]
+    fingerprint["clips"] = digest(windows.to_csv(index=False))
     if reads_words(name):
         fingerprint["transcripts"] = digest(list(clips["transcript"]))
     # A part stands for all that it depends on itself.
@@ -3490,8 +3499,8 @@ manifest | Corpus: the clips of {manifest}.
 Method
 
 corpus | Features: log-mel spectrograms of {n_mels} bands from 50 Hz to half of {sampling_rate} Hz; FFT
-windows of {n_fft} samples, {hop_length} samples apart. Silent ends {trim_db} dB below a clip's own peak are
-cut off, and {clip_seconds} s in the middle are heard.
+windows of {n_fft} samples, {hop_length} samples apart. What lies {trim_db} dB below the loudest speech nearby
+is cut off at both ends, pauses to a quarter second, and {clip_seconds} s in the middle are heard.
 
 speech | SpeechEncoder: logistic regression (C = {speech_c}) on the time means of all layers of a frozen
 encoder, {speech_encoder} ({whisper_model}), standardised; clips at three speeds, in noise and through a
@@ -3504,8 +3513,8 @@ encoder | Text encoder of the BERT systems: {bert_model}.
 
 corpus | Training: AdamW (weight decay {weight_decay}) with a one-cycle learning rate, batches of
 {batch_size} clips, dropout {dropout}, label smoothing {label_smoothing}; sound in other voices, tempos and
-colours, mixed up ({mixup}). The moving average of the weights ({ema_decay} a step) after the last epoch is
-the model; no epoch is picked.
+colours, in noise, without upper bands, mixed up ({mixup}). The moving average of the weights ({ema_decay} a
+step) after the last epoch is the model; no epoch is picked.
 
 corpus | Split: {subject}. Validation decides temperatures, and the weights of learned fusions. Hardware:
 {versions[hardware]}.
@@ -3796,7 +3805,9 @@ class Predictor:
                 settings.keys() - set(OF_PREDICTOR)})
         if output_dir:
             settings["output_dir"] = str(output_dir)
-        cfg = parse_settings([])._replace(phase="predict", device=device, given=tuple(settings), **settings)
+        # Checked like flags.
+        checked = vars(make_parser().parse_args([*map(flag_of, settings, settings.values())]))
+        cfg = parse_settings([])._replace(phase="predict", device=device, given=tuple(settings), **checked)
         cfg = cfg._replace(output_dir=folder_of_models(cfg))
         self.checkpoints, self.device, self.models = checkpoints_together(cfg), pick_device(cfg), {}
         self.classes = next(iter(self.checkpoints.values())).classes
@@ -3815,9 +3826,10 @@ class Predictor:
     def predict(self, recording, sampling_rate=None, text=None):
         """A line per system: `predicted`, `unsure`, a probability per emotion, `gate`, `note`; a DataFrame.
 
-        The system that was best on validation stands first. `recording` is a path, or an array of samples
-        with `sampling_rate` in Hz; `text` is what is said, for the systems that read words: without it, those
-        that hear answer alone. The answer to silence, music and noise is "no speech", as `gate` found.
+        Of the systems that hear, the best on validation stands first. `recording` is a path, or an array of
+        samples with `sampling_rate` in Hz; `text` is what is said, for the systems that read words: without
+        it, those that hear answer alone. The answer to silence, music and noise is "no speech", as `gate`
+        found.
         """
         with naming(recording):
             return self.as_a_whole(*self.hear(recording, sampling_rate, text=text))
@@ -3888,8 +3900,8 @@ class Predictor:
         """What each model says to some windows, as `infer` gives it, by name."""
         # Weights are read when they are first needed: a recording without words needs no text encoder.
         able = [name for name in self.thresholds if "transcript" in windows or not reads_words(name)]
-        refuse({f"all models of {self.cfg.output_dir} read words: say with --text what is said, or name a "
-                "table with a column transcript": not able})
+        refuse({f"all models of {self.cfg.output_dir} read words: say with --text what is said, or in a "
+                "column text of --input (of --manifest: transcript)": not able})
         names = self.checkpoints.keys() & set(able).union(*(SYSTEMS[name].parts for name in able))
         for name in names.difference(self.models):
             self.models[name] = restore(self.checkpoints[name]).to(self.device)
@@ -3977,7 +3989,7 @@ def recordings_listed(path):
     recordings = []
     for row in read_table(path, ["path"], [], advice, others=True).to_dict("records"):
         name = " ".join([row["path"], row.get("start", ""), row.get("end", "")]).strip()
-        file = path.parent / PureWindowsPath(row["path"]).as_posix()
+        file = path.parent / path_in(row["path"])
         recordings.append(Recording(name, file, row))
     refuse({f"{path} lists no recordings: {advice}": not recordings})
     return recordings
@@ -3993,7 +4005,7 @@ def answer_recording(recording, predictor, cfg):
     span = float(row.get("start") or 0), float(row.get("end") or math.inf)
     text = row.get("text") or printable(cfg.text) or None
     windows, log_probs = predictor.hear(recording.path, span=span, text=text, transcribe=True)
-    # Nobody who asks for an answer expects a download.
+    # Where the words come from: the first that holds.
     source, *_ = holding({
         "": not log_probs,
         cfg.input: row.get("text"),
@@ -4057,7 +4069,8 @@ def folder_of_answers(cfg):
 def key_of(recording, predictor, cfg):
     """A key of the bytes of a recording and of what else its answer depends on."""
     trained = [checkpoint.fingerprint for checkpoint in predictor.checkpoints.values()]
-    parts = [recording.name, recording.row, trained, predictor.cfg, predictor.has_whisper, cfg.text]
+    code = list(map(code_of, predictor.checkpoints))
+    parts = [recording.name, recording.row, trained, code, predictor.cfg, predictor.has_whisper, cfg.text]
     with contextlib.suppress(OSError, MemoryError):
         parts.append(recording.path.read_bytes())
     return digest(*parts)
@@ -4082,6 +4095,8 @@ def columns_of(recordings, classes):
     """The columns of a table of answers: those of an answer, those of the table that lists the recordings."""
     first, last = "recording error model predicted unsure", "gate note text text_source over_time"
     names = [*first.split(), *classes, *last.split(), *recordings[0].row, "caveats", "key"]
+    twice = sorted(name for name in {*names} - {"text"} if names.count(name) > 1)
+    refuse({f"--input has columns that answers have too, {', '.join(twice)}: rename them": twice})
     return list(dict.fromkeys(names))
 
 
@@ -4206,7 +4221,7 @@ def write_demo_whisper(path):
 
 
 def write_demo(cfg):
-    """Write the corpus and the encoder of the demo where they are missing. Raises UserError."""
+    """Write the corpus and the pretrained encoders of the demo where they are missing. Raises UserError."""
     refuse({f"{cfg.output_dir} holds a real run: name another --output-dir for --demo":
             not saved_in(cfg.output_dir, "settings", {}).get("demo", True)})
     with filelock.FileLock("archive/demo/run.lock"):  # a demo beside this one may be at it
@@ -4267,7 +4282,7 @@ def title_of_split(corpus, cfg):
     folds = cfg.folds.replace(",", ", ")
     if corpus.split in BY_SPEAKER:
         return f"fold{'s' * (',' in folds)} {folds}"
-    return "random split" if corpus.split == "random" else "split of the manifest"
+    return {"random": "random split", "manifest": "split of the manifest"}.get(corpus.split, "all its clips")
 
 
 def describe_split(clips, corpus, run):
@@ -4414,7 +4429,7 @@ def not_run(answered, cfg, corpus, lacking):
             found = [lacking[part] for part in (name, *system.parts) if part in lacking]
             if reads_words(name) and not corpus.has_words:
                 found = [corpus.words]
-            reasons[name], *_ = [*found, "left out by --run-models or --phase"]
+            reasons[name], *_ = [*found, "not asked for, or not trained"]
     return reasons
 
 
@@ -4522,7 +4537,7 @@ def results_of(trained, clips_of):
             histories += [epoch | facts for epoch in checkpoint.history]
     return {
         "table": with_ensembles(pd.concat(tables, ignore_index=True), classes_of(clips)),
-        # What is solved at once has no epochs: alone, it leaves the names of the columns.
+        # What is solved at once has no epochs; a row that is taken away again names the columns then.
         "histories": pd.DataFrame(histories or [facts])[:len(histories)],
         "caveats": list(dict.fromkeys(caveats)),
         "calibration": calibration,
@@ -4593,7 +4608,7 @@ def shared_emotions(corpus, classes, cfg):
     emotions = corpus.clips["emotion"].cat.set_categories(shared)
     clips = corpus.clips.assign(split="test", emotion=emotions).dropna(subset="emotion", ignore_index=True)
     words = "manifest" if "transcript" in clips else f"{cfg.manifest} has no column transcript"
-    return replace(corpus, clips=clips, words=words, split="manifest")
+    return replace(corpus, clips=clips, words=words, split="all")
 
 
 def caveats_elsewhere(predictor, corpus, folder, cfg):

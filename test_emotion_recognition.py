@@ -2840,7 +2840,7 @@ PLOTS = "class_counts", "samples", "training_curves", "comparison", "reliability
 TABLES = ["predictions.csv", "histories.csv", "clips.csv", "left_out.csv"]
 LEFT_BY_A_RUN = ["metrics.json", "results.tex", "config.json", "audit.json", *TABLES]
 PICKLES = ["label_encoder.pkl", "ravdess_transcripts_simulated.pkl"]
-LEFT_OUT = "not run: left out by --run-models or --phase"
+LEFT_OUT = "not run: not asked for, or not trained"
 SAVE_FIGURE = er.save_figure  # fixtures replace it
 
 
@@ -3439,6 +3439,27 @@ def test_other_windows_of_long_clips_train_every_model_anew(trained, unpublished
     # Models that answer different windows are no models of one folder.
     er.main([*command, "--run-models", "cnn"])
     assert set(er.checkpoints_together(config())) == {"cnn"}
+
+
+def test_clips_that_are_cut_into_other_windows_are_other_clips_to_every_model(demo, monkeypatch):
+    monkeypatch.setattr(er.SpeechEncoder, "depends_on", lambda cfg: {})
+    cfg, clips = demo
+    clip = clips[:1]
+    mel, samples, _ = clip[er.FEATURES].iloc[0]
+    keys = {name: set() for name in ("speech", "rnn")}
+    for times in (8, 8, 9):  # longer than one window, from the same file
+        sound = {"mel": np.tile(mel, (times, 1)), "samples": np.tile(samples, times)}
+        sound["seconds"] = np.arange(len(sound["mel"])) / 100
+        longer = clip.assign(**{key: pd.Series([value], clip.index, object) for key, value in sound.items()})
+        for name in keys:
+            keys[name].add(er.fingerprint_of(cfg, name, longer)["clips"])
+    assert [*map(len, keys.values())] == [2, 2]
+
+    # Where log-mels decide which frames are kept, samples differ too.
+    for change in ({"n_mels": 32}, {"n_fft": 4096}):
+        other = cfg._replace(**change)
+        same = [er.fingerprint_of(cfg, name, clip) == er.fingerprint_of(other, name, clip) for name in keys]
+        assert same == [False, True]
 
 
 def test_other_test_views_train_nothing_and_change_who_hears_alone(
@@ -6273,6 +6294,7 @@ def after_a_stop(batch, monkeypatch):
     ("a kill cut a quoted cell", ["b.wav", "c.wav"]),
     ("other bytes", ["a.wav", "c.wav"]),
     ("other settings", ["a.wav", "b.wav", "c.wav"]),
+    ("other code", ["a.wav", "b.wav", "c.wav"]),
     ("another kind of file", ["a.wav", "b.wav", "c.wav"]),
 ])
 def test_a_batch_that_was_stopped_goes_on_where_it_stopped(change, again, batch, served, monkeypatch, capsys):
@@ -6284,6 +6306,7 @@ def test_a_batch_that_was_stopped_goes_on_where_it_stopped(change, again, batch,
         "a kill cut a quoted cell": lambda: path.write_text(path.read_text()[:-30] + '"'),
         "other bytes": lambda: written("own/a.wav", speech()[:-100]),
         "other settings": lambda: batch.extend(["--test-views", "1"]),
+        "other code": lambda: monkeypatch.setattr(er, "code_of", str),
         "another kind of file": lambda: path.write_bytes(b"\xff\0"),
     }
     changes.get(change, lambda: None)()
@@ -6399,6 +6422,20 @@ def test_a_table_of_recordings_says_words_and_seconds_and_keeps_its_columns(copi
     said = np.tile(speech(), 8)[RATE * 3 // 2:3 * RATE]
     alone = er.Predictor(OUTPUT).predict(said, RATE, text="What a day.")
     assert np.allclose(part["sad"].astype(float), alone["sad"], atol=1e-3)
+
+
+def test_columns_of_a_table_of_recordings_that_answers_have_too_are_not_lost(copied):
+    written("own/a.wav", speech())
+    Path("own/calls.csv").write_text("path,note,text,happy\na.wav,mine,What a day.,0.3\n")
+    with pytest.raises(er.UserError, match="has columns that answers have too, happy, note: rename them"):
+        er.main([*PREDICTING, "own/calls.csv"])
+
+
+def test_the_path_of_a_listed_recording_may_start_at_home(monkeypatch):
+    monkeypatch.setenv("HOME", str(Path.cwd()))
+    Path("calls.csv").write_text("path\n~/a.wav\n")
+    recording, = er.recordings_in(config(input="calls.csv"))
+    assert recording.path == Path("a.wav").absolute()
 
 
 def test_windows_of_a_part_of_a_recording_are_dated_in_the_whole(listener):
@@ -6775,6 +6812,7 @@ def test_of_a_manifest_every_other_sentence_is_heard_in_training_only(unpublishe
 
 @pytest.mark.parametrize(("said", "named"), [
     (lambda speaker, take: f"{speaker} says {take}.", "'ann says 0.' has one speaker"),
+    (lambda speaker, take: "It is so." * take, "'sound/000.wav' has one speaker"),  # half of them say nothing
     (None, "has one speaker"),
 ])
 def test_a_manifest_without_repeated_sentences_has_no_split_by_text(said, named, unpublished):
@@ -6823,6 +6861,13 @@ def test_a_split_without_validation_takes_speakers_of_training_and_says_so(writt
         "train": ["ann", "cy"], "validation": ["bob"], "test": ["dee"]}
     assert set(clips["caveats"]) == {"validation: every fifth speaker of the manifest's training split"}
     assert "validation 2 clips of actors bob" in audit[-1]
+
+
+def test_a_split_without_validation_needs_speakers_to_take(unpublished):
+    flags = own_corpus(["sad", "odd"], [1, 2], speaker=lambda *_: "",
+                       split=lambda _, speaker, __: ["train", "test"][speaker - 1])
+    assert refusal_of(*flags).startswith(
+        "own/corpus.csv has no split validation, and too few named speakers in train to choose some: ")
 
 
 def test_without_speakers_the_split_is_random_and_everything_says_so(unpublished):
@@ -7080,7 +7125,8 @@ def test_emotions_that_are_merged_are_one_and_every_page_says_so(few_clips, unpu
     assert set(clips.loc[clips["clip"].str.contains("03-01-02-"), "emotion"]) == {"neutral"}
 
 
-@pytest.mark.parametrize("wrong", ["clam=sad", "calm=nothing", "calm", "calm=", "=calm", "calm=sad=happy"])
+@pytest.mark.parametrize(
+    "wrong", ["clam=sad", "calm=nothing", "calm=happiness", "calm", "calm=", "=calm", "calm=sad=happy"])
 def test_a_merge_of_unknown_names_lists_what_there_is(few_clips, wrong):
     unpacked(few_clips)
     sentence = refusal_of("--ravdess-path", "corpus", "--merge", wrong)
@@ -7092,6 +7138,7 @@ def test_other_words_for_the_emotions_of_the_models_count_as_them(copied, unpubl
     own_corpus(["happiness", "anger", "boredom", "odd"], [7])
     results = evaluate("--merge", "boredom=sad")
     assert results.config["classes"] == ["happy", "sad", "angry"]
+    assert results.config["subject"] == "corpus.csv, all its clips, 3 test clips, 1 speaker"
     assert "merged: boredom=sad" in results.config["caveats"]
     audit = " ".join(results.config["audit"])
     assert "Clips per emotion: happy 1, sad 1, angry 1, odd 1." in audit
@@ -7709,6 +7756,11 @@ def test_whisper_knows_clips_and_its_weights_by_their_content(tiny_whisper, deco
     torch.save(content | {"more": 1}, "renamed.pt")  # other bytes under the name of before
     er.transcribe(clips, cfg._replace(whisper_model="renamed.pt"), "cpu")
     assert len(decoded) == 4
+
+    # What is heard of a file may be another channel.
+    other = clips.assign(samples=clips["samples"].map(lambda samples: samples[::-1].copy()))
+    er.transcribe(other, cfg, "cpu")
+    assert len(decoded) == 6
 
 
 def test_whisper_transcripts_feed_a_run_that_is_no_oracle(tiny_whisper, decoded, finished, unpublished):
@@ -8370,6 +8422,18 @@ def test_a_checkpoint_of_before_there_was_speech_answers(copied):
 def test_a_predictor_knows_no_settings_of_a_training(finished):
     with pytest.raises(er.UserError, match="knows no settings but whisper_model"):
         er.Predictor(finished / OUTPUT, sampling_rate=8000)
+
+
+@pytest.mark.parametrize(("setting", "value", "named"), [
+    ("test_views", 0, "--test-views: 0 is not of type int from 1 to 5"),
+    ("channel", -1, "--channel: -1 is not of type int from 0"),
+    ("channel", "left", "--channel: left"),
+    ("ask_systems", ["speech"], "--ask-systems"),
+])
+def test_settings_of_a_predictor_are_checked_like_flags(setting, value, named, finished):
+    with pytest.raises(er.UserError, match=re.escape(named)):
+        er.Predictor(finished / OUTPUT, **{setting: value})
+    assert er.Predictor(finished / OUTPUT, test_views="1").cfg.test_views == 1
 
 
 def test_weights_are_asked_for_only_when_something_is_trained(copied, monkeypatch, unpublished):

@@ -136,7 +136,7 @@ def main(argv):
                "cnn": any(models) and not er.file_of(cfg, "cnn").exists()})
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it misses torchvision, in vain
     warnings.simplefilter("ignore")  # of torch, about itself
-    predictor, gap = er.Predictor(cfg.output_dir), np.nan
+    predictor, gap = er.Predictor(cfg.output_dir, test_views=cfg.test_views), np.nan
     with er.replacing(path) as temporary:
         program = export(predictor)
         program.save(temporary)

@@ -23,7 +23,7 @@ FIGURES = ["uar", "low", "high", "sd_folds", "sd_seeds", "nll", "ece"]
 
 def check(cfg):
     """Raise a UserError when the flags cannot make a study."""
-    for key in ("sentence_noise", "fusion", "phase"):
+    for key in ("sentence_noise", "fusion", "phase", "only_run"):
         flag = er.flag_of(key, getattr(cfg, key))
         er.refuse({f"{flag} is decided by the study: leave it out": key in cfg.given})
 
