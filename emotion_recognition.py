@@ -1461,22 +1461,30 @@ def window_frames(cfg):
 LONGEST = 6.0  # seconds of speech for which one window stands, as in training
 
 
+def cuts_of(frames, cfg):
+    """The first frame, and the one after the last, of each window of a clip of so many frames.
+
+    It is whole up to LONGEST, else cut into CLIP_SECONDS that overlap by half.
+    """
+    size = frames
+    # Up to LONGEST the model itself chooses its window in the middle, as in training.
+    if frames > LONGEST * cfg.sampling_rate / cfg.hop_length + 1:
+        size = min(window_frames(cfg), frames)
+    starts = [*range(0, frames - size, max(1, size // 2)), frames - size]
+    return [(start, start + size) for start in starts]
+
+
 def windows_of(clips, cfg):
-    """Clips as windows, a row each: whole up to LONGEST, else cut into CLIP_SECONDS that overlap by half.
+    """Clips as windows, a row for each of `cuts_of`.
 
     Adds `start` and `end` in s and `voiced`, the share of frames with voice; `mel` (T, M) and `samples` (n,)
     are the window's.
     """
     second, hop, windows = cfg.sampling_rate / cfg.hop_length, cfg.hop_length, []
     for clip in clips.to_dict("records"):
-        # Up to LONGEST the model itself chooses its window in the middle, as in training.
         mel, samples, seconds = clip["mel"], clip["samples"], clip["seconds"]
-        size = len(mel)
-        if size > LONGEST * second + 1:
-            size = min(window_frames(cfg), size)
         loud, _ = loud_frames(level_of(mel), cfg)
-        for first in [*range(0, len(mel) - size, max(1, size // 2)), len(mel) - size]:
-            last = first + size
+        for first, last in cuts_of(len(mel), cfg):
             windows.append(clip | {
                 "start": seconds[first],
                 "end": seconds[last - 1] + 1 / second,
@@ -2619,9 +2627,10 @@ def fingerprint_of(cfg, name, clips):
     heard = ["n_mels", "n_fft"] * (not SOUND.isdisjoint(system.kind.inputs))
     settings = {key: getattr(cfg, key) for key in (*SHARED, *heard)} | system.kind.depends_on(cfg)
     fingerprint = {key: str(value) for key, value in settings.items()}
-    # By window: log-probabilities of models with other windows of the same clips cannot be joined.
-    windows = windows_of(clips, cfg)[["clip", "digest", "emotion", "split"]]
-    fingerprint["clips"] = digest(windows.to_csv(index=False))
+    # A line a window: log-probabilities of models with other windows of the same clips cannot be joined.
+    windows = [len(cuts_of(len(mel), cfg)) for mel in clips["mel"]]
+    lines = clips.loc[clips.index.repeat(windows), ["clip", "digest", "emotion", "split"]]
+    fingerprint["clips"] = digest(lines.to_csv(index=False))
     if reads_words(name):
         fingerprint["transcripts"] = digest(list(clips["transcript"]))
     # A part stands for all that it depends on itself.
