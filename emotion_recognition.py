@@ -73,6 +73,7 @@ import shlex
 import shutil
 import sys
 import time
+import unicodedata
 import warnings
 import zipfile
 import zlib
@@ -445,7 +446,8 @@ UNFINISHED = ".unfinished"  # ends the name of a folder that --download is still
 RESERVED = {  # columns of tables: names that no emotion may have
     *"system fold seed split clip actor emotion true predicted caveats transcript intensity sex".split(),
     *"statement repetition digest path mel samples confidence accuracy start end voiced recording".split(),
-    *"error model note text text_source over_time unsure gate by clips uar nll ece macro_f1".split(),
+    *"error model note text text_source over_time unsure gate by clips uar nll ece macro_f1 key".split(),
+    "no speech",
 }
 
 
@@ -467,6 +469,9 @@ def read_corpus(cfg, known=()):
 
     refuse({f"{unusable(left_out)}{source} has no clip that can be used: see --ravdess-path or --manifest":
             clips.empty})
+    lost = sorted({*files.get("split", [])}.difference(clips.get("split", [])))
+    refuse({f"{unusable(left_out)}no clip of the split {', '.join(lost)} of {source} is left: see --manifest":
+            lost and not known})
     split, words = split_kind(clips, cfg), words_kind(clips, cfg)
     name = Path(cfg.manifest).name or "RAVDESS"
     refuse({f"--sentence-noise and --sentences-csv are for simulated sentences, which {name} does not use: "
@@ -476,14 +481,17 @@ def read_corpus(cfg, known=()):
 
 def merged(files, cfg, known):
     """Listed files with their emotions as --merge names them. Raises UserError."""
-    # Models that know some emotions know them by other words too.
-    pairs = {word: name for word, name in SYNONYMS.items() if known and word not in known}
-    pairs |= (map(str.strip, pair.partition("=")[::2]) for pair in names_in(cfg.merge.lower()))
-    classes = classes_of(files)
+    # Models that know some emotions know them by other words too; --merge may use either.
+    synonyms = {word: name for word, name in SYNONYMS.items() if known and word not in known}
+    pairs = [tuple(map(str.strip, pair.partition("=")[::2])) for pair in names_in(cfg.merge.lower())]
+    asked, classes = dict(pairs), classes_of(files)
+    called = {name: synonyms.get(name, name) for name in classes}
     every = list(dict.fromkeys([*EMOTIONS, *classes, *known]))
     refuse({f"--merge {cfg.merge} is not a list of pairs such as calm=neutral, of {', '.join(every)}":
-            not (pairs.keys() - SYNONYMS | {*pairs.values()}) <= {*every}})
-    names = {name: pairs.get(name, name) for name in classes}
+            not {*asked, *asked.values()} <= {*every},
+            f"--merge {cfg.merge} counts an emotion as two, or as one that is itself merged: name each once":
+            len(asked) < len(pairs) or {*asked} & {*asked.values()}})
+    names = {name: asked.get(name, asked.get(other, other)) for name, other in called.items()}
     there = [name for name in every if name in names.values()]
     return files.assign(emotion=pd.Categorical(files["emotion"].astype(object).map(names), there))
 
@@ -716,8 +724,8 @@ def load_clips(files, cfg):
         try:
             span = getattr(file, "span", WHOLE)
             clip = load_clip(file.path, cfg, span=span)._asdict()
-            part = [span] * (span != WHOLE)
-            return {"reason": "", "digest": digest(Path(file.path).read_bytes(), *part), **clip}
+            part = "#{}-{}".format(*span) * (span != WHOLE)
+            return {"reason": "", "digest": digest(Path(file.path).read_bytes()) + part, **clip}
         except AudioError as error:
             return {"reason": str(error)}
 
@@ -804,7 +812,7 @@ BY_SPEAKER = "speaker", "text", "half"  # the splits that have folds
 def split_clips(corpus, run):
     """The clips of a run with the column `split`: train, validation or test. Raises UserError.
 
-    Clips whose bytes occur in two splits stay in the first of them, so that nothing is scored on what it was
+    Clips whose sound occurs in two splits stay in the first of them, so that nothing is scored on what it was
     trained on.
     """
     clips = corpus.clips
@@ -818,7 +826,7 @@ def split_clips(corpus, run):
             turns = clips.groupby(["actor", "emotion"], observed=True).cumcount()
             clips = clips[(clips["split"] == "test") | (turns % 2 == 0)]
         if corpus.split == "text":
-            half = sentence_halves(clips, run) == run.split[-1]
+            half = sentence_halves(clips, corpus, run) == run.split[-1]
             clips = clips[half == (clips["split"] == "train")]
     elif corpus.split == "random":
         clips = deal(clips, "digest", *random_digests(clips, run.seed))
@@ -829,19 +837,39 @@ def split_clips(corpus, run):
         taken = (clips["split"] == "train") & clips["actor"].isin(speakers)
         clips = clips.assign(split=clips["split"].mask(taken, "validation"))
     # Under another name, the same bytes may stand on the other side of the split.
-    order = clips["split"].map(SPLITS.index)
-    return clips[order == order.groupby(clips["digest"]).transform("min")].reset_index(drop=True)
+    return clips[~heard_before(clips)].reset_index(drop=True)
 
 
-def sentence_halves(clips, cfg):
+def file_digests(digests):
+    """The digests of the files of clips, which of segments stand before #."""
+    return digests.str.partition("#")[0]
+
+
+def heard_before(clips):
+    """Which clips (N,) can be heard in an earlier split, from the same bytes or a segment that overlaps."""
+    order, heard = clips["split"].map(SPLITS.index), pd.Series(False, clips.index)
+    spans = clips.get("span", pd.Series([WHOLE] * len(clips), clips.index))
+    for _, same in order.groupby(file_digests(clips["digest"])):
+        if same.nunique() > 1:
+            start, end = np.array([*spans[same.index]]).T
+            overlap = (start[:, None] < end) & (start < end[:, None])  # (n, n)
+            earlier = same.to_numpy() < same.to_numpy()[:, None]
+            heard[same.index] = (overlap & earlier).any(axis=1)
+    return heard
+
+
+def sentence_halves(clips, corpus, cfg):
     """Which half of the corpus's sentences is said in each clip, "1" or "2": a Series. Raises UserError.
 
     Of RAVDESS it is the statement, of other corpora every other sentence in the order of the alphabet.
     """
     if "statement" in clips:
         return clips["statement"].astype(str)
-    # What nobody has written down may be any sentence.
-    said = clips.get("transcript", clips["clip"]).replace("", np.nan).fillna(clips["clip"])
+    # What nobody has written down may be any sentence, whatever Whisper hears.
+    said = clips["clip"]
+    if corpus.words == "manifest":
+        words = clips["transcript"].map(words_in).map(" ".join)
+        said = words.where(words != "<unk>", said)
     speakers = clips.groupby(said)["actor"].nunique()
     refuse({f"--split text needs sentences that speakers repeat word for word, and {speakers.idxmin()!r} has "
             f"one speaker: complete the column transcript of {cfg.manifest}, or leave out --split":
@@ -1507,7 +1535,11 @@ SPACELESS = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u30ff\u3400-\u9fff\
 
 def words_in(text):
     """The lower-case words of a text, or characters where none has spaces; nothing is one unknown word."""
-    return re.findall(rf"[{SPACELESS}]|(?:(?![{SPACELESS}])[\w'])+", text.lower()) or ["<unk>"]
+    text = unicodedata.normalize("NFC", text).lower().replace("\u2019", "'")
+    # Letters, the marks that belong to them, and numbers make words.
+    signs = {letter for letter in text if unicodedata.category(letter)[0] not in "LMN"} - {"'", "_"}
+    plain = text.translate(dict.fromkeys(map(ord, signs), " "))
+    return re.findall(rf"[{SPACELESS}]|[^ {SPACELESS}]+", plain) or ["<unk>"]
 
 
 def load_transformers():
@@ -4249,7 +4281,7 @@ def describe_corpus(corpus):
     # Files that are no clips are counted by kind, damaged clips are named.
     kinds = left_out["reason"].where(left_out["reason"].isin(PASSED_OVER), "unusable")
     broken = left_out[kinds == "unusable"]
-    named = "" not in set(clips["actor"])
+    named, notes = "" not in set(clips["actor"]), clips.loc[clips["note"] != "", "note"]
     speakers = f" of {plural(clips['actor'].nunique(), 'actor')}" * named
     sentences = holding({
         f"{len(clips) + len(left_out)} files in {corpus.source}: {len(clips)} clips{speakers} are used; left "
@@ -4257,7 +4289,8 @@ def describe_corpus(corpus):
         f"Clips per emotion: {counted(clips['emotion'])}.": True,
         f"Clips per actor: {counted(clips['actor'])}.": named,
         "No speakers are named: splits may share voices, which flatters, and intervals draw single clips, "
-        "which makes them too narrow.": not named})
+        "which makes them too narrow.": not named,
+        f"Notes on their sound: {counted(notes)}.": len(notes)})
 
     if "statement" in clips:
         sentences.append(missing_clips(clips))
@@ -4277,7 +4310,8 @@ def counted(column):
 
 def missing_clips(clips):
     """What is missing of RAVDESS's 24 x 60 clips, or of those of some emotions, as a sentence."""
-    emotions = [EMOTIONS.index(emotion) + 1 for emotion in classes_of(clips)]
+    emotions = {EMOTIONS.index(emotion) + 1 for emotion in classes_of(clips)}
+    emotions.update(clips["clip"].str[6:8].map(int))  # --merge gives them other names
     codes = itertools.product(emotions, (1, 2), (1, 2), (1, 2), range(1, 25))
     # Neutral is never strong.
     expected = {"03-01-{:02}-{:02}-{:02}-{:02}-{:02}".format(*code) for code in codes if code[:2] != (1, 2)}
@@ -4306,7 +4340,7 @@ def describe_split(clips, corpus, run):
     shared = sum(splits.drop("", errors="ignore") > 1)
     other = clips["emotion"] != clips.get("sentence_emotion", clips["emotion"])
     why = {"text": f"other sentences than {run.split}", "half": "every other one"}.get(
-        corpus.split, "since the bytes occur in an earlier split")
+        corpus.split, "since their sound occurs in an earlier split")
     left = len(corpus.clips) - len(clips)
     segments = sum(span != WHOLE for span in clips.get("span", []))
     texts += holding({
@@ -4610,7 +4644,8 @@ def evaluation_folder(cfg):
 
 def shared_emotions(corpus, classes, cfg):
     """A corpus without the clips whose emotion is none of `classes`, all of it test. Raises UserError."""
-    shared = [emotion for emotion in classes if emotion in classes_of(corpus.clips)]
+    there = set(corpus.clips["emotion"])  # not those that only unusable clips have
+    shared = [emotion for emotion in classes if emotion in there]
     refuse({f"{cfg.manifest} has {', '.join(shared) or 'no emotion'} in common with the models of "
             f"{cfg.output_dir}, fewer than two of {', '.join(classes)}: see --manifest and --merge":
             len(shared) < 2})
@@ -4623,7 +4658,7 @@ def shared_emotions(corpus, classes, cfg):
 def caveats_elsewhere(predictor, corpus, folder, cfg):
     """What every page must say of trained models on another corpus, also which clips they know, by bytes."""
     windows, *_ = log_probs_of(predictor.checkpoints, ["train", "validation"])
-    known = sum(corpus.clips["digest"].isin(windows["digest"]))
+    known = sum(file_digests(corpus.clips["digest"]).isin(file_digests(windows["digest"])))
     caveats = holding({
         f"models of {folder} on another corpus": True,
         f"merged: {cfg.merge}": cfg.merge,

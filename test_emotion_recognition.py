@@ -992,7 +992,7 @@ def test_clips_that_leave_for_their_bytes_are_counted(unpublished):
     shutil.copy(Path("own", trained), Path("own", tested))
 
     sentences = data_of(*flags)
-    assert "1 clip left out, since the bytes occur in an earlier split" in sentences[-1]
+    assert "1 clip left out, since their sound occurs in an earlier split" in sentences[-1]
     clips = pd.read_csv("outputs/clips.csv")
     assert trained in set(clips["clip"])
     assert tested not in set(clips["clip"])
@@ -1113,7 +1113,7 @@ def test_bytes_in_two_splits_of_a_manifest_stay_in_the_first_and_that_is_said(un
         table.write("sound/more.wav,happy,4,test\n")
     copied_to.write_bytes(copied_from.read_bytes())
     audit = data_of(*flags)
-    assert "1 clip left out, since the bytes occur in an earlier split" in audit[-1]
+    assert "1 clip left out, since their sound occurs in an earlier split" in audit[-1]
     clips = pd.read_csv("outputs/clips.csv").set_index("clip")["split"]
     assert "sound/003.wav" not in clips
     assert clips["sound/000.wav"] == "train"
@@ -6810,8 +6810,57 @@ def test_of_a_manifest_every_other_sentence_is_heard_in_training_only(unpublishe
     assert "16 clips left out, other sentences than statement_2" in audit[-1]
 
 
+def test_a_sentence_in_two_spellings_is_one(unpublished):
+    said = ["Dogs sit.", "Kids talk.", "So it is.", "dogs sit", "kids talk", "so it is"]
+    flags = own_corpus(["sad", "odd"], [1, 2, 3, 4, 5, 6], takes=3,
+                       transcript=lambda _, speaker, take: said[take + 3 * (speaker > 3)])
+    data_of(*flags, "--split", "text")
+    clips = pd.read_csv("outputs/fold_0_seed_42_statement_1/clips.csv")
+    clips["words"] = clips["transcript"].map(er.words_in).map(" ".join)
+    words = splits_of(clips)("words")
+    assert words["train"].isdisjoint(words["test"])
+
+
+def test_what_whisper_hears_is_no_sentence_of_the_corpus(monkeypatch, unpublished):
+    heard = itertools.cycle(["Dogs sit", "Docks sit"])
+    monkeypatch.setattr(er, "transcript_of", lambda *_: next(heard))
+    flags = own_corpus(["sad", "odd"], takes=2)
+    sentence = refusal_of(*flags, "--no-use-simulated-sentences", "--run-models", "rnn", "--split", "text")
+    assert "complete the column transcript" in sentence
+
+
+def test_no_sound_of_training_is_tested_as_a_segment(unpublished):
+    own_corpus(["sad", "odd"])
+    splits = "train", "validation", "test", "test"
+    lines = ["path,emotion,split,start,end"]
+    for number, (emotion, split) in enumerate(itertools.product(["sad", "odd"], splits)):
+        lines.append(f"sound/{number:03}.wav,{emotion},{split},,")
+    parts = ["sound/000.wav,sad,test,0.1,0.9", "sound/002.wav,sad,test,0.1,0.9"]
+    Path("own/two.csv").write_text("\n".join([*lines, *parts]))
+    cfg = config(manifest="own/two.csv")
+    clips = er.split_clips(er.read_corpus(cfg), cfg)
+    assert sorted(clips["clip"]) == sorted([f"sound/{number:03}.wav" for number in range(8)] + [
+        "sound/002.wav#0.1-0.9"])
+
+
+def test_a_split_without_usable_clips_is_named(unpublished):
+    flags = own_corpus(["sad", "odd"], split=lambda _, speaker, __: (*er.SPLITS, "train")[speaker - 1])
+    for place in (1, 5):
+        Path(f"own/sound/{place:03}.wav").write_text("no sound")
+    assert "no clip of the split validation of own/corpus.csv is left" in refusal_of(*flags)
+
+
+def test_clips_of_two_voices_in_two_channels_are_said(unpublished):
+    flags = own_corpus(["sad", "odd"])
+    for path in Path("own/sound").glob("*.wav"):
+        samples, rate = soundfile.read(path)
+        written(path, np.stack([samples, np.roll(samples[::-1], 99)], axis=1), rate)
+    audit = data_of(*flags)
+    assert "Notes on their sound: 2 different channels were mixed: --channel 1 picks one 8." in audit
+
+
 @pytest.mark.parametrize(("said", "named"), [
-    (lambda speaker, take: f"{speaker} says {take}.", "'ann says 0.' has one speaker"),
+    (lambda speaker, take: f"{speaker} says {take}.", "'ann says 0' has one speaker"),
     (lambda speaker, take: "It is so." * take, "'sound/000.wav' has one speaker"),  # half of them say nothing
     (None, "has one speaker"),
 ])
@@ -7125,13 +7174,45 @@ def test_emotions_that_are_merged_are_one_and_every_page_says_so(few_clips, unpu
     assert set(clips.loc[clips["clip"].str.contains("03-01-02-"), "emotion"]) == {"neutral"}
 
 
-@pytest.mark.parametrize(
-    "wrong", ["clam=sad", "calm=nothing", "calm=happiness", "calm", "calm=", "=calm", "calm=sad=happy"])
+@pytest.mark.parametrize("wrong", [
+    "clam=sad", "calm=nothing", "calm=happiness", "fear=calm", "calm", "calm=", "=calm", "calm=sad=happy"])
 def test_a_merge_of_unknown_names_lists_what_there_is(few_clips, wrong):
     unpacked(few_clips)
     sentence = refusal_of("--ravdess-path", "corpus", "--merge", wrong)
     assert sentence.startswith(f"--merge {wrong} is not a list of pairs such as calm=neutral")
     assert sentence.endswith(f"of {', '.join(er.EMOTIONS)}")
+
+
+@pytest.mark.parametrize("wrong", ["calm=neutral,neutral=sad", "calm=neutral,calm=sad", "calm=calm"])
+def test_a_merge_counts_no_emotion_twice(few_clips, wrong):
+    unpacked(few_clips)
+    sentence = refusal_of("--ravdess-path", "corpus", "--merge", wrong)
+    assert sentence.startswith(f"--merge {wrong} counts an emotion as two, or as one that is itself merged")
+
+
+def test_clips_of_merged_emotions_are_missed(few_clips, unpublished):
+    unpacked({name: data for name, data in few_clips.items() if name != "Actor_01/03-01-02-01-01-01-01.wav"})
+    audit = data_of("--ravdess-path", "corpus", "--merge", "calm=neutral")
+    assert "Missing from the 1440 clips of RAVDESS: 1417, the first 03-01-01-01-01-01-04." in audit
+
+
+def test_an_evaluation_merges_by_either_name_and_compares_emotions_that_have_clips(copied, unpublished):
+    own_corpus(["happiness", "sad", "angry"], [7, 8])
+    assert evaluate("--merge", "happy=sad").config["classes"] == ["sad", "angry"]
+    shutil.rmtree(FOREIGN)
+    for name in ("002.wav", "003.wav"):  # all that are sad
+        Path("own/sound", name).write_text("no sound")
+    assert evaluate().config["classes"] == ["happy", "angry"]
+
+
+def test_segments_of_files_that_were_trained_on_are_known(copied, unpublished):
+    lines = ["path,emotion,start,end"]
+    for path in CORPUS.glob("Actor_03/*.wav"):
+        emotion, seconds = er.EMOTIONS[int(path.name[6:8]) - 1], soundfile.info(path).duration
+        lines.append(f"{path.absolute()},{emotion},0,{seconds}")
+    Path("own").mkdir()
+    Path("own/corpus.csv").write_text("\n".join(lines))
+    assert "16 of these 16 clips are known from training: the figures flatter" in evaluate().config["caveats"]
 
 
 def test_other_words_for_the_emotions_of_the_models_count_as_them(copied, unpublished):
@@ -7815,6 +7896,8 @@ def test_transcripts_that_are_all_empty_are_counted_as_wrong(finished, monkeypat
     ("ខ្ញុំ", [*"ខ្ញុំ"]),
     ("ကောင်း", [*"ကောင်း"]),
     ("hello世界 ok", ["hello", "世", "界", "ok"]),
+    ("मैं खुश हूँ", ["मैं", "खुश", "हूँ"]),
+    ("cafe\u0301s, don\u2019t", ["caf\u00e9s", "don't"]),
     ("...", ["<unk>"])])
 def test_where_a_script_has_no_spaces_each_character_is_a_word(text, words):
     assert er.words_in(text) == words
