@@ -6693,8 +6693,8 @@ def test_without_a_home_folder_nothing_breaks(monkeypatch):
     assert er.whisper_file("base").name == "base.pt"
 
 
-NOT_EMOTIONS = [*"start Voiced note model error fold recording predicted system over_time text caveats key".split(),
-                "no speech"]
+NOT_EMOTIONS = "start Voiced note model error fold recording predicted system over_time text caveats".split()
+NOT_EMOTIONS += ["key", "no speech"]
 
 
 @pytest.mark.parametrize("name", NOT_EMOTIONS)
