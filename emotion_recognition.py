@@ -829,33 +829,28 @@ def split_clips(corpus, run):
             half = sentence_halves(clips, corpus, run) == run.split[-1]
             clips = clips[half == (clips["split"] == "train")]
     elif corpus.split == "random":
-        clips = deal(clips, "digest", *random_digests(clips, run.seed))
+        clips = clips.assign(sound=shared_sound(clips["digest"]))
+        clips = deal(clips, "sound", *random_sounds(clips, run.seed)).drop(columns="sound")
     elif lacks_validation(clips):
         speakers = sorted(set(clips.query("split == 'train'")["actor"]))[1::5]
         refuse({f"{corpus.source} has no split validation, and too few named speakers in train to choose "
                 "some: complete its column split or speaker": not speakers})
         taken = (clips["split"] == "train") & clips["actor"].isin(speakers)
         clips = clips.assign(split=clips["split"].mask(taken, "validation"))
-    # Under another name, the same bytes may stand on the other side of the split.
-    return clips[~heard_before(clips)].reset_index(drop=True)
+    # Under another name, the same sound may stand on the other side of the split.
+    order = clips["split"].map(SPLITS.index)
+    first = order.groupby(shared_sound(clips["digest"])).transform("min")
+    return clips[order == first].reset_index(drop=True)
 
 
-def file_digests(digests):
-    """The digests of the files of clips, which of segments stand before #."""
-    return digests.str.partition("#")[0]
-
-
-def heard_before(clips):
-    """Which clips (N,) can be heard in an earlier split, from the same bytes or a segment that overlaps."""
-    order, heard = clips["split"].map(SPLITS.index), pd.Series(False, clips.index)
-    spans = clips.get("span", pd.Series([WHOLE] * len(clips), clips.index))
-    for _, same in order.groupby(file_digests(clips["digest"])):
-        if same.nunique() > 1:
-            start, end = np.array([*spans[same.index]]).T
-            overlap = (start[:, None] < end) & (start < end[:, None])  # (n, n)
-            earlier = same.to_numpy() < same.to_numpy()[:, None]
-            heard[same.index] = (overlap & earlier).any(axis=1)
-    return heard
+def shared_sound(digests):
+    """Keys of digests (N,) of clips, the same for segments of a file that overlap, and for the whole file."""
+    parts = digests.str.extract("(?P<file>[^#]*)(?:#(?P<start>.+)-(?P<end>.+))?")
+    parts = parts.astype({"start": float, "end": float}).fillna({"start": WHOLE[0], "end": WHOLE[1]})
+    parts = parts.sort_values(["file", "start"])
+    # A segment has no sound of those that begin before it if all of these have ended.
+    ends = parts.groupby("file")["end"].cummax().groupby(parts["file"]).shift()
+    return (~(parts["start"] < ends)).cumsum().reindex(digests.index)
 
 
 def sentence_halves(clips, corpus, cfg):
@@ -940,14 +935,14 @@ def fold_actors(clips):
     return [*zip(tested[1:] + tested[:1], tested)]  # the next group validates
 
 
-def random_digests(clips, seed):
-    """(validation, test) digests, 15 % of every emotion's clips each. So the same bytes stay together."""
+def random_sounds(clips, seed):
+    """(validation, test) sounds, 15 % of every emotion's clips each. So the same bytes stay together."""
     from sklearn.model_selection import train_test_split
-    once = clips.drop_duplicates("digest")
+    once = clips.drop_duplicates("sound")
     part = functools.partial(train_test_split, random_state=seed)
     try:
         _, rest = part(once, test_size=0.3, stratify=once["emotion"])
-        return part(rest["digest"], test_size=0.5, stratify=rest["emotion"])
+        return part(rest["sound"], test_size=0.5, stratify=rest["emotion"])
     except ValueError as error:
         raise UserError(f"too few clips of some emotion for a random split ({error}): add clips, or a column "
                         "speaker, or go on with --leave-out EMOTION") from error
@@ -2862,7 +2857,10 @@ def fit_threshold(probabilities, labels):
     confidence = probabilities.max(axis=1)
     order = np.argsort(-confidence, kind="stable")
     right = (probabilities.argmax(axis=1) == labels)[order]
-    return float(confidence[order][np.argmax(np.cumsum(2 * right - 1))])
+    confidence, net = confidence[order], np.cumsum(2 * right - 1)
+    net[:-1][confidence[:-1] == confidence[1:]] = 0  # who are as confident are above it together
+    best = np.argmax(net)
+    return float(confidence[best]) if net[best] > 0 else math.inf
 
 
 def fit_fusion_weights(logs, labels):
@@ -3427,7 +3425,7 @@ def plot_reliability(results):
 def plot_coverage(results):
     """The test UAR of the answers that are left when the least confident ones are withheld."""
     uars, confidence = {}, results.test[results.classes].max(axis=1).groupby(results.test["system"])
-    before = (confidence.rank(method="first", ascending=False) - 1) / confidence.transform("size")
+    before = (confidence.rank(method="min", ascending=False) - 1) / confidence.transform("size")
     for share in np.linspace(0.1, 1, 19):
         uars[100 * share] = score(results.test[before < share], results.classes, ["system"])["uar"]
     lines = 100 * pd.DataFrame(uars).T.rename(columns=results.titles)
@@ -3741,6 +3739,9 @@ def checkpoints_together(cfg):
             first = next(iter(found.values()), checkpoint)
             parts = {part: digest(found[part].fingerprint) for part in SYSTEMS[name].parts if part in found}
             beside = {key: first.fingerprint.get(key) for key in ("clips", *SHARED)} | parts
+            # A recording is read once, for all that hear.
+            beside |= {key: other.fingerprint[key] for other in found.values() for key in ("n_mels", "n_fft")
+                       if key in other.fingerprint and key in checkpoint.fingerprint}
             change = differences(checkpoint.fingerprint, beside)
             refuse({f"{file_of(cfg, name)} was not trained with the models beside it ({change}): "
                     f"{TRAIN_AGAIN}": change})
@@ -3847,8 +3848,9 @@ class Predictor:
         if output_dir:
             settings["output_dir"] = str(output_dir)
         # Checked like flags.
-        checked = vars(make_parser().parse_args([*map(flag_of, settings, settings.values())]))
-        cfg = parse_settings([])._replace(phase="predict", device=device, given=tuple(settings), **checked)
+        asked = settings | {"device": device}
+        checked = vars(make_parser().parse_args([*map(flag_of, asked, asked.values())]))
+        cfg = parse_settings([])._replace(phase="predict", given=tuple(settings), **checked)
         cfg = cfg._replace(output_dir=folder_of_models(cfg))
         self.checkpoints, self.device, self.models = checkpoints_together(cfg), pick_device(cfg), {}
         self.classes = next(iter(self.checkpoints.values())).classes
@@ -3860,8 +3862,9 @@ class Predictor:
         # What a training depends on is as that training had it, other settings as the last one.
         *_, last = self.checkpoints.values()
         self.cfg = as_trained(cfg, last.settings)
-        for checkpoint in self.checkpoints.values():
-            self.cfg = as_trained(self.cfg, checkpoint.settings, checkpoint.fingerprint)
+        for name, checkpoint in self.checkpoints.items():
+            keys = {*checkpoint.fingerprint, *SYSTEMS[name].kind.pretrained}
+            self.cfg = as_trained(self.cfg, checkpoint.settings, keys)
         self.has_whisper = whisper_loads(self.cfg, self.device)
 
     def predict(self, recording, sampling_rate=None, text=None):
@@ -3887,9 +3890,11 @@ class Predictor:
         `span` says from which second to which. Windows have `gate` and, if any is known, `transcript`: the
         text, or with `transcribe` Whisper's. Without speech `voiced` is 0, and no model is asked.
         """
+        refuse({f"text {text!r} is no text: say as a str what is said, or leave it out":
+                not isinstance(text, (str, type(None)))})
         tables, said, start = [], [], span[0]
         for part, rate in sound_parts(recording, sampling_rate, span):
-            if said and len(part) < rate:  # the last moment
+            if start > span[0] and len(part) < rate:  # the last moment
                 break
             windows, heard = self.windows(part, rate)
             windows[["start", "end"]] += start
@@ -4110,7 +4115,7 @@ def folder_of_answers(cfg):
 def key_of(recording, predictor, cfg):
     """A key of the bytes of a recording and of what else its answer depends on."""
     trained = [checkpoint.fingerprint for checkpoint in predictor.checkpoints.values()]
-    code = list(map(code_of, predictor.checkpoints))
+    code = digest(source_code())
     parts = [recording.name, recording.row, trained, code, predictor.cfg, predictor.has_whisper, cfg.text]
     with contextlib.suppress(OSError, MemoryError):
         parts.append(recording.path.read_bytes())
@@ -4658,7 +4663,8 @@ def shared_emotions(corpus, classes, cfg):
 def caveats_elsewhere(predictor, corpus, folder, cfg):
     """What every page must say of trained models on another corpus, also which clips they know, by bytes."""
     windows, *_ = log_probs_of(predictor.checkpoints, ["train", "validation"])
-    known = sum(file_digests(corpus.clips["digest"]).isin(file_digests(windows["digest"])))
+    sound = shared_sound(pd.concat([corpus.clips["digest"], windows["digest"]], ignore_index=True))
+    known = sum(sound[:len(corpus.clips)].isin(sound[len(corpus.clips):]))
     caveats = holding({
         f"models of {folder} on another corpus": True,
         f"merged: {cfg.merge}": cfg.merge,

@@ -4641,6 +4641,19 @@ def test_robustness_of_who_always_answers_the_same_is_perfect_and_its_uar_chance
         assert (unchanged, uar, refused) == (100, 12.5, 0)
 
 
+def test_robustness_hears_the_segments_of_a_table_and_knows_those_of_training(
+        robustness, few_changes, copied):
+    sounds = [next(CORPUS.glob(f"Actor_03/*-{code}-01-01-01-03.wav")) for code in ("05", "04")]
+    lines = [f"{path.absolute()},{emotion},{start},1" for path, emotion in zip(sounds, ["angry", "sad"])
+             for start in (0, 0.3)]
+    Path("m.csv").write_text("\n".join(["path,emotion,start,end", *lines]))
+    predictor = er.Predictor(OUTPUT, ask_systems="cnn,speech")
+    clips = robustness.find_clips("m.csv", predictor, 9)
+    assert "unknown" not in set(clips["split"])
+    table = robustness.answers_to(clips, predictor, ["SpeechEncoder"]).query("change == 'none'")
+    assert table["angry"].nunique() == len(clips) == 4
+
+
 def test_robustness_counts_no_speech_as_a_changed_and_wrong_answer(
         robustness, few_changes, copied, monkeypatch, capsys):
     answer_always(monkeypatch, 4)
@@ -6306,7 +6319,7 @@ def test_a_batch_that_was_stopped_goes_on_where_it_stopped(change, again, batch,
         "a kill cut a quoted cell": lambda: path.write_text(path.read_text()[:-30] + '"'),
         "other bytes": lambda: written("own/a.wav", speech()[:-100]),
         "other settings": lambda: batch.extend(["--test-views", "1"]),
-        "other code": lambda: monkeypatch.setattr(er, "code_of", str),
+        "other code": lambda: monkeypatch.setattr(er, "source_code", lambda: "other"),
         "another kind of file": lambda: path.write_bytes(b"\xff\0"),
     }
     changes.get(change, lambda: None)()
@@ -6429,6 +6442,47 @@ def test_columns_of_a_table_of_recordings_that_answers_have_too_are_not_lost(cop
     Path("own/calls.csv").write_text("path,note,text,happy\na.wav,mine,What a day.,0.3\n")
     with pytest.raises(er.UserError, match="has columns that answers have too, happy, note: rename them"):
         er.main([*PREDICTING, "own/calls.csv"])
+
+
+def test_a_model_hears_with_its_own_encoder_whatever_was_trained_later(copied):
+    before = er.Predictor(OUTPUT, ask_systems="speech").predict(speech(), RATE)
+    for name in er.TRAINED.keys() - {"cnn", "speech"}:
+        path = er.file_of(config(output_dir=str(OUTPUT)), name)
+        content = torch.load(path, weights_only=True)
+        content["settings"]["whisper_model"] = "other.pt"
+        torch.save(content, path)
+    predictor = er.Predictor(OUTPUT, ask_systems="speech")
+    assert predictor.cfg.whisper_model == str(DEMO_WHISPER)
+    pd.testing.assert_frame_equal(predictor.predict(speech(), RATE), before)
+
+
+@pytest.mark.parametrize("key", ["n_mels", "n_fft"])
+def test_models_that_hear_other_log_mels_are_not_joined(key, copied, capsys):
+    cfg = config(output_dir=str(OUTPUT))
+    path = er.file_of(cfg, "speech")
+    content = torch.load(path, weights_only=True)
+    content["fingerprint"][key] = "128"
+    torch.save(content, path)
+    assert "speech" not in er.checkpoints_together(cfg)
+    assert f"({key} 128 -> " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("wrong", [math.nan, 5, ["a"]])
+def test_a_text_that_is_none_is_refused(wrong, predictor):
+    with pytest.raises(er.UserError, match="is no text: say as a str what is said"):
+        predictor.predict(speech(), RATE, text=wrong)
+
+
+@pytest.mark.parametrize("device", [None, 0, "gpu"])
+def test_the_device_of_a_predictor_is_checked(device, finished):
+    with pytest.raises(er.UserError, match="--device"):
+        er.Predictor(finished / OUTPUT, device=device)
+    assert er.Predictor(finished / OUTPUT, device=torch.device("cpu")).device == "cpu"
+
+
+def test_a_long_silence_is_no_speech_whatever_its_last_moment(predictor):
+    silence = np.zeros(round((er.PART + 0.1) * RATE), np.float32)
+    assert set(predictor.predict(silence, RATE)["predicted"]) == {er.NO_SPEECH}
 
 
 def test_the_path_of_a_listed_recording_may_start_at_home(monkeypatch):
@@ -6842,6 +6896,15 @@ def test_no_sound_of_training_is_tested_as_a_segment(unpublished):
     clips = er.split_clips(er.read_corpus(cfg), cfg)
     assert sorted(clips["clip"]) == sorted([f"sound/{number:03}.wav" for number in range(8)] + [
         "sound/002.wav#0.1-0.9"])
+
+
+@pytest.mark.parametrize(("parts", "keys"), [
+    (["a", "a", "b"], [1, 1, 2]),
+    (["a#0.0-2.0", "a#1.0-3.0", "a#3.0-4.0", "b#0.0-2.0", "a#2.5-2.6"], [1, 1, 2, 3, 1]),
+    (["b#1e-05-2.0", "b", "a#5.0-inf", "a#4.0-5.0"], [3, 3, 2, 1]),
+])
+def test_segments_that_overlap_are_the_same_sound(parts, keys):
+    assert list(er.shared_sound(pd.Series(parts))) == keys
 
 
 def test_a_split_without_usable_clips_is_named(unpublished):
@@ -8240,6 +8303,13 @@ def test_confidence_below_which_more_answers_are_wrong_than_right():
     assert er.fit_threshold(probabilities, np.array([0, 0, 1, 1, 0])) == 0.7
     assert er.fit_threshold(probabilities, np.array([0, 1, 0, 0, 1])) == 0.9
     assert er.fit_threshold(probabilities, np.array([0, 0, 1, 0, 1])) == 0.55
+
+
+def test_answers_that_are_more_often_wrong_are_unsure_also_where_confidences_tie():
+    tied = np.array([[0.6, 0.4]] * 4)
+    assert er.fit_threshold(tied, np.array([0, 1, 1, 1])) == math.inf
+    assert er.fit_threshold(tied, np.array([1, 0, 0, 0])) == 0.6
+    assert er.fit_threshold(np.array([[0.9, 0.1], [0.8, 0.2]]), np.array([1, 1])) == math.inf
 
 
 @pytest.fixture

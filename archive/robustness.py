@@ -76,8 +76,10 @@ def find_clips(source, predictor, count):
 
     # By name too: in another format the same clip has other bytes.
     known = pd.DataFrame(next(iter(predictor.checkpoints.values())).windows)
-    by_digest, by_name = (dict(zip(known[key], known["split"])) for key in ("digest", "clip"))
-    clips["split"] = clips["digest"].map(by_digest).fillna(clips["clip"].map(by_name)).fillna("unknown")
+    sounds = er.shared_sound(pd.concat([clips["digest"], known["digest"]], ignore_index=True)).to_numpy()
+    clips["sound"], known["sound"] = sounds[:len(clips)], sounds[len(clips):]
+    by_sound, by_name = (dict(zip(known[key], known["split"])) for key in ("sound", "clip"))
+    clips["split"] = clips["sound"].map(by_sound).fillna(clips["clip"].map(by_name)).fillna("unknown")
     if "test" in set(clips["split"]):
         clips = clips[clips["split"] == "test"]
     turns = clips.groupby(["emotion", "actor"], observed=True).cumcount()
@@ -86,14 +88,17 @@ def find_clips(source, predictor, count):
 
 def answers_to(clips, predictor, titles):
     """The answers to clips after every change: a row per clip, change and system (the index)."""
-    tables = []
+    tables, channel = [], predictor.cfg.channel
+    predictor.cfg = predictor.cfg._replace(channel=0)  # of what is changed there is one
     refusal = dict.fromkeys(predictor.classes, 1 / len(predictor.classes)) | {"predicted": er.NO_SPEECH}
     for clip in er.tqdm(clips.itertuples(), "Clips", len(clips)):
-        samples, rate = next(er.sound_parts(clip.path))
+        traits = clip._asdict()
+        part, rate = next(er.sound_parts(clip.path, span=traits.pop("span", er.WHOLE)))
+        samples, _ = er.one_channel(part, channel)
         for change, changed in CHANGES.items():
-            heard = predictor.hear(changed(samples[:, 0], rate), {"8 kHz": 8000}.get(change, rate))
+            heard = predictor.hear(changed(samples, rate), {"8 kHz": 8000}.get(change, rate))
             table = predictor.as_a_whole(*heard).reindex(titles).fillna(refusal)
-            tables.append(table.assign(change=change, **clip._asdict()))
+            tables.append(table.assign(change=change, **traits))
     return pd.concat(tables)
 
 

@@ -88,8 +88,8 @@ def objective(trial, ranges, clips_of):
         logits = er.mean_of_views(er.infer(model, windows, run, device), run)
         nll, uar = score(logits, er.torch.tensor(windows["emotion"].cat.codes.tolist()))
         nlls.append(nll)
-        trial.set_user_attr(f"nll_fold_{run.fold}", nll)
-        trial.set_user_attr(f"uar_fold_{run.fold}", uar)
+        trial.set_user_attr(f"nll_fold_{run.fold} {run.split}".removesuffix(" speaker"), nll)
+        trial.set_user_attr(f"uar_fold_{run.fold} {run.split}".removesuffix(" speaker"), uar)
     return np.mean(nlls)
 
 
