@@ -832,15 +832,20 @@ def split_clips(corpus, run):
         clips = clips.assign(sound=shared_sound(clips["digest"]))
         clips = deal(clips, "sound", *random_sounds(clips, run.seed)).drop(columns="sound")
     elif lacks_validation(clips):
-        speakers = sorted(set(clips.query("split == 'train'")["actor"]))[1::5]
-        refuse({f"{corpus.source} has no split validation, and too few named speakers in train to choose "
-                "some: complete its column split or speaker": not speakers})
-        taken = (clips["split"] == "train") & clips["actor"].isin(speakers)
-        clips = clips.assign(split=clips["split"].mask(taken, "validation"))
+        clips = with_validation(clips, corpus.source)
     # Under another name, the same sound may stand on the other side of the split.
     order = clips["split"].map(SPLITS.index)
     first = order.groupby(shared_sound(clips["digest"])).transform("min")
     return clips[order == first].reset_index(drop=True)
+
+
+def with_validation(clips, source):
+    """The clips of a split without validation, which takes every fifth speaker of train. Raises UserError."""
+    speakers = sorted(set(clips.query("split == 'train'")["actor"]))[1::5]
+    refuse({f"{source} has no split validation, and too few named speakers in train to choose some: complete "
+            "its column split or speaker": not speakers})
+    taken = (clips["split"] == "train") & clips["actor"].isin(speakers)
+    return clips.assign(split=clips["split"].mask(taken, "validation"))
 
 
 def shared_sound(digests):
