@@ -270,6 +270,7 @@ def read_number(key, text):
     return value
 
 
+@functools.lru_cache(maxsize=1)
 def source_code():
     """The text of this file; "" in a notebook, which has none."""
     return Path(__file__).read_text(encoding="utf-8") if "__file__" in globals() else ""
@@ -834,9 +835,7 @@ def split_clips(corpus, run):
     elif lacks_validation(clips):
         clips = with_validation(clips, corpus.source)
     # Under another name, the same sound may stand on the other side of the split.
-    order = clips["split"].map(SPLITS.index)
-    first = order.groupby(shared_sound(clips["digest"])).transform("min")
-    return clips[order == first].reset_index(drop=True)
+    return unheard(clips)
 
 
 def with_validation(clips, source):
@@ -848,14 +847,36 @@ def with_validation(clips, source):
     return clips.assign(split=clips["split"].mask(taken, "validation"))
 
 
-def shared_sound(digests):
-    """Keys of digests (N,) of clips, the same for segments of a file that overlap, and for the whole file."""
+def spans_in(digests):
+    """File, start and end in s of digests (N,) of clips, in this order: a table with their index."""
     parts = digests.str.extract("(?P<file>[^#]*)(?:#(?P<start>.+)-(?P<end>.+))?")
     parts = parts.astype({"start": float, "end": float}).fillna({"start": WHOLE[0], "end": WHOLE[1]})
-    parts = parts.sort_values(["file", "start"])
+    return parts.sort_values(["file", "start"])
+
+
+def shared_sound(digests):
+    """Keys of digests (N,) of clips, the same for segments of a file that overlap, and for the whole file."""
+    parts = spans_in(digests)
     # A segment has no sound of those that begin before it if all of these have ended.
     ends = parts.groupby("file")["end"].cummax().groupby(parts["file"]).shift()
     return (~(parts["start"] < ends)).cumsum().reindex(digests.index)
+
+
+def heard_among(parts, others):
+    """Which clips (N,) in a table of `spans_in` have sound in common with those that `others` (N,) marks."""
+    files = parts["file"]
+    ended = parts["end"].where(others, -math.inf).groupby(files).cummax()
+    begins = parts["start"].where(others, math.inf)[::-1].groupby(files).cummin()[::-1]
+    return (ended > parts["start"]) | (begins < parts["end"])
+
+
+def unheard(clips):
+    """The clips of a run that have no sound of a clip which an earlier split keeps."""
+    parts = spans_in(clips["digest"]).assign(order=clips["split"].map(SPLITS.index))
+    for split in (1, 2):
+        heard = heard_among(parts, parts["order"] < split)
+        parts = parts[~heard | (parts["order"] != split)]
+    return clips[clips.index.isin(parts.index)].reset_index(drop=True)
 
 
 def sentence_halves(clips, corpus, cfg):
@@ -1354,7 +1375,7 @@ def open_sound(path):
     with file.open("rb") as opened:
         start = opened.read(4096)
         opened.seek(max(0, file.stat().st_size - LONGEST_PAGE))
-        *_, page = opened.read().rpartition(b"OggS")
+        *_, found, page = opened.read().rpartition(b"OggS")
     # libsndfile reads a file that was cut off without a word; 0 and all ones were never filled in.
     first, last, order = SIZES.get(start[:4], (0, 0, "big"))
     declared = int.from_bytes(start[first:last], order)
@@ -1362,7 +1383,7 @@ def open_sound(path):
         "not readable: it is empty": not start,
         "it is a pointer of Git LFS and not the file: git lfs pull fetches it": start.startswith(GIT_LFS),
         "cut off: less data than its header says": file.stat().st_size < declared < 0x7FFFF000,
-        "cut off: its last page is missing": start.startswith(b"OggS") and not ends_stream(page),
+        "cut off: its last page is not whole": start.startswith(b"OggS") and found and not is_whole(page),
     }, AudioError)
     unfilled = b"data\0\0\0\0"
     if start.startswith(b"RIFF") and unfilled in start:
@@ -1370,10 +1391,10 @@ def open_sound(path):
     return soundfile.SoundFile(path)
 
 
-def ends_stream(page):
-    """Whether the bytes behind OggS are a page that is marked as the last of its stream, and all of it."""
-    last = 23 + int.from_bytes(page[22:23], "big")  # where the lengths of its segments end
-    return page[1:2] >= b"\4" and len(page) >= last + sum(page[23:last])
+def is_whole(page):
+    """Whether the bytes behind the last OggS of a file are a whole page; some recorders mark no last one."""
+    first = 23 + int.from_bytes(page[22:23], "big")  # byte behind the lengths of its segments
+    return len(page) >= first + sum(page[23:first])
 
 
 def decode_with_librosa(path):
@@ -1539,7 +1560,7 @@ def words_in(text):
     # Letters, the marks that belong to them, and numbers make words.
     signs = {letter for letter in text if unicodedata.category(letter)[0] not in "LMN"} - {"'", "_"}
     plain = text.translate(dict.fromkeys(map(ord, signs), " "))
-    return re.findall(rf"[{SPACELESS}]|[^ {SPACELESS}]+", plain) or ["<unk>"]
+    return re.findall(rf"[{SPACELESS}]|(?=[\w'])[^ {SPACELESS}]+", plain) or ["<unk>"]
 
 
 def load_transformers():
@@ -4568,7 +4589,8 @@ def train_only(cfg, clips_of, names, corpus, device):
     run = list(clips_of)[cfg.only_run - 1]
     if cfg.phase == "data":
         return
-    with Path(run.output_dir, "log.txt").open("w") as log, contextlib.redirect_stdout(log):
+    path = Path(run.output_dir, "log.txt")
+    with path.open("w", encoding="utf-8", errors="replace") as log, contextlib.redirect_stdout(log):
         train_run(run, names, clips_of[run], corpus, device)
 
 
@@ -4668,8 +4690,9 @@ def shared_emotions(corpus, classes, cfg):
 def caveats_elsewhere(predictor, corpus, folder, cfg):
     """What every page must say of trained models on another corpus, also which clips they know, by bytes."""
     windows, *_ = log_probs_of(predictor.checkpoints, ["train", "validation"])
-    sound = shared_sound(pd.concat([corpus.clips["digest"], windows["digest"]], ignore_index=True))
-    known = sum(sound[:len(corpus.clips)].isin(sound[len(corpus.clips):]))
+    parts = spans_in(pd.concat([corpus.clips["digest"], windows["digest"]], ignore_index=True))
+    here = parts.index < len(corpus.clips)
+    known = sum(heard_among(parts, ~here)[here])
     caveats = holding({
         f"models of {folder} on another corpus": True,
         f"merged: {cfg.merge}": cfg.merge,

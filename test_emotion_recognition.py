@@ -1541,6 +1541,29 @@ def test_every_format_is_read_to_its_end_or_is_said_to_be_cut_off(name, rate):
             er.load_clip(path, config())
 
 
+def test_an_ogg_file_whose_recorder_marks_no_end_is_read():
+    soundfile.write("a.ogg", speech(), RATE, "VORBIS", format="OGG")
+    content = bytearray(Path("a.ogg").read_bytes())
+    last = content.rindex(b"OggS")
+    content[last + 5] &= 3  # the mark
+    content[last + 22:last + 26] = bytes(4)
+    content[last + 22:last + 26] = ogg_checksum(content[last:]).to_bytes(4, "little")
+    Path("b.ogg").write_bytes(content)
+    whole, unmarked = (er.load_clip(path, config()).mel for path in ("a.ogg", "b.ogg"))
+    assert np.array_equal(whole, unmarked)
+
+
+def ogg_checksum(page):
+    """The checksum of a page of Ogg whose own four bytes are zero."""
+    register = 0
+    for byte in page:
+        register ^= byte << 24
+        for _ in range(8):
+            register = (register << 1) ^ (0x04C11DB7 * (register >> 31 & 1))
+        register &= 0xFFFFFFFF
+    return register
+
+
 def with_sizes(riff, data):
     """A WAV file whose header says these sizes; "" stands for the true one."""
     path = written("a.wav", speech())
@@ -6907,6 +6930,24 @@ def test_segments_that_overlap_are_the_same_sound(parts, keys):
     assert list(er.shared_sound(pd.Series(parts))) == keys
 
 
+@pytest.mark.parametrize("seed", range(30))
+def test_clips_stay_that_share_no_sound_with_an_earlier_split(seed):
+    rng = np.random.default_rng(seed)
+    starts, lengths = rng.integers(0, 20, 12), rng.integers(1, 5, 12)
+    clips = pd.DataFrame({
+        "digest": [f"{'ab'[row % 2]}#{start}.0-{start + lengths[row]}.0" for row, start in enumerate(starts)],
+        "split": rng.choice(er.SPLITS, 12)})
+    kept = []
+    for split in er.SPLITS:
+        for row in np.flatnonzero(clips["split"] == split):
+            shared = [other for other in kept if other % 2 == row % 2 and clips["split"][other] != split
+                      and starts[other] < starts[row] + lengths[row]
+                      and starts[row] < starts[other] + lengths[other]]
+            kept += [row] * (not shared)
+    expected = clips.loc[sorted(kept)].reset_index(drop=True)
+    pd.testing.assert_frame_equal(er.unheard(clips), expected)
+
+
 def test_a_split_without_usable_clips_is_named(unpublished):
     flags = own_corpus(["sad", "odd"], split=lambda _, speaker, __: (*er.SPLITS, "train")[speaker - 1])
     for place in (1, 5):
@@ -7962,6 +8003,8 @@ def test_transcripts_that_are_all_empty_are_counted_as_wrong(finished, monkeypat
     ("hello世界 ok", ["hello", "世", "界", "ok"]),
     ("मैं खुश हूँ", ["मैं", "खुश", "हूँ"]),
     ("cafe\u0301s, don\u2019t", ["caf\u00e9s", "don't"]),
+    ("I love it \u2764\ufe0f", ["i", "love", "it"]),
+    ("\u2764\ufe0f", ["<unk>"]),
     ("...", ["<unk>"])])
 def test_where_a_script_has_no_spaces_each_character_is_a_word(text, words):
     assert er.words_in(text) == words
@@ -8469,6 +8512,13 @@ def head(monkeypatch):
     module = companion(SCRIPT.with_name("archive") / "head.py")
     monkeypatch.setattr(module, "TARGET", Path("shipped/SpeechEncoder_best.pth").absolute())
     return module
+
+
+@pytest.mark.parametrize("flag", ["--demo", "--manifest=m.csv", "--leave-out=calm"])
+def test_the_model_that_comes_with_the_file_is_made_of_nothing_else(flag, head):
+    with pytest.raises(er.UserError, match=f"is trained on all of RAVDESS, and has no use for .*{flag}"):
+        head.main([flag])
+    assert not head.TARGET.exists()
 
 
 def test_the_model_that_comes_with_the_file_is_made_actor_by_actor_and_says_nothing_of_a_machine(

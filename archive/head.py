@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).absolute().parent.parent))
 import emotion_recognition as er
 
 TARGET = Path(__file__).absolute().with_name("SpeechEncoder_best.pth")
+ASKED = "ravdess_path", "download", "output_dir", "device", "seed", "whisper_model", "speech_c"
 MADE = "{}.{} ".format(*sys.version_info) + er.code_of("speech")  # Python, key of the code in it
 CAVEAT = "SpeechEncoder that comes with this file, trained on all actors of RAVDESS (CC BY-NC-SA 4.0)"
 
@@ -42,6 +43,8 @@ def leave_one_actor_out(clips, windows, cfg, device):
 def main(argv):
     """Write the checkpoint; flags as on the command line of the script."""
     cfg = er.parse_settings(argv)
+    idle = [er.flag_of(key, getattr(cfg, key)) for key in cfg.given if key not in ASKED]
+    er.refuse({f"{TARGET.name} is trained on all of RAVDESS, and has no use for {' '.join(idle)}": idle})
     device, corpus = er.pick_device(cfg), er.read_corpus(cfg)
     clips = corpus.clips.assign(split="validation")
     windows = er.windows_of(clips, cfg)
