@@ -2335,6 +2335,7 @@ class AttentionFusion(EarlyFusion):
 # %% 13. Training and inference
 # What every training depends on, and what those in epochs depend on too.
 SHARED = "seed", "sampling_rate", "channel", "trim_db", "clip_seconds", "hop_length"
+OF_SOUND = "n_mels", "n_fft"  # and what hears: log-mels decide which frames are loud enough to be kept
 TRAINING = "batch_size", "weight_decay", "dropout", "label_smoothing", "ema_decay", "class_weights"
 
 
@@ -2676,9 +2677,8 @@ def fingerprint_of(cfg, name, clips):
     Settings stand as they are; clips, transcripts, code and parts as keys of their content.
     """
     system = SYSTEMS[name]
-    # Which frames are loud enough to be kept is seen in log-mels, also where samples are heard.
-    heard = ["n_mels", "n_fft"] * (not SOUND.isdisjoint(system.kind.inputs))
-    settings = {key: getattr(cfg, key) for key in (*SHARED, *heard)} | system.kind.depends_on(cfg)
+    of_sound = OF_SOUND * (not SOUND.isdisjoint(system.kind.inputs))
+    settings = {key: getattr(cfg, key) for key in SHARED + of_sound} | system.kind.depends_on(cfg)
     fingerprint = {key: str(value) for key, value in settings.items()}
     # A line a window: log-probabilities of models with other windows of the same clips cannot be joined.
     windows = [len(cuts_of(len(mel), cfg)) for mel in clips["mel"]]
@@ -3766,7 +3766,7 @@ def checkpoints_together(cfg):
             parts = {part: digest(found[part].fingerprint) for part in SYSTEMS[name].parts if part in found}
             beside = {key: first.fingerprint.get(key) for key in ("clips", *SHARED)} | parts
             # A recording is read once, for all that hear.
-            beside |= {key: other.fingerprint[key] for other in found.values() for key in ("n_mels", "n_fft")
+            beside |= {key: other.fingerprint[key] for other in found.values() for key in OF_SOUND
                        if key in other.fingerprint and key in checkpoint.fingerprint}
             change = differences(checkpoint.fingerprint, beside)
             refuse({f"{file_of(cfg, name)} was not trained with the models beside it ({change}): "
@@ -4688,7 +4688,7 @@ def shared_emotions(corpus, classes, cfg):
 
 
 def caveats_elsewhere(predictor, corpus, folder, cfg):
-    """What every page must say of trained models on another corpus, also which clips they know, by bytes."""
+    """What every page must say of trained models on another corpus, also which clips they know, by sound."""
     windows, *_ = log_probs_of(predictor.checkpoints, ["train", "validation"])
     parts = spans_in(pd.concat([corpus.clips["digest"], windows["digest"]], ignore_index=True))
     here = parts.index < len(corpus.clips)
