@@ -350,14 +350,14 @@ def check_settings(cfg):
     folds, names = names_in(cfg.folds), set(names_in(cfg.run_models))
     runs = len(runs_of(cfg))
     known = [name for name in TRAINED if not name.startswith("attention")]
-    idle = [flag_of(key, getattr(cfg, key)) for key in cfg.given if key not in PREDICTS_WITH]
+    of_recordings = {"input", "text", "json"}
+    useful = PREDICTS_WITH if cfg.phase == "predict" else {*cfg._fields} - of_recordings
+    refuse_idle(cfg, useful, f"--phase {cfg.phase}")
     # One corpus a run; --download fills the folder of --ravdess-path.
     corpora = holding({f"--manifest {cfg.manifest}": cfg.manifest, "--demo": cfg.demo,
                        "--ravdess-path or --download": cfg.download or "ravdess_path" in cfg.given})
     refuse({
         f"{' and '.join(corpora)} are corpora of their own: leave out all but one": len(corpora) > 1,
-        f"--phase predict has no use for {' '.join(idle)}: leave it out, models are as trained":
-            cfg.phase == "predict" and idle,
         "--phase evaluate needs another corpus: name its table with --manifest":
             cfg.phase == "evaluate" and not cfg.manifest,
         f"--run-models {cfg.run_models!r} is not a list of names out of {', '.join(known)}":
@@ -372,6 +372,12 @@ def check_settings(cfg):
             cfg.clip_seconds * cfg.sampling_rate < 16 * cfg.hop_length,
     })
     refuse_pointers(cfg)
+
+
+def refuse_idle(cfg, useful, who):
+    """Raise a UserError when flags were given of which `who` makes no use, for companions too."""
+    idle = [flag_of(key, getattr(cfg, key)) for key in cfg.given if key not in useful]
+    refuse({f"{who} has no use for {' '.join(idle)}: leave it out": idle})
 
 
 def refuse_pointers(cfg):
@@ -476,25 +482,34 @@ def read_corpus(cfg, known=()):
     split, words = split_kind(clips, cfg), words_kind(clips, cfg)
     name = Path(cfg.manifest).name or "RAVDESS"
     refuse({f"--sentence-noise and --sentences-csv are for simulated sentences, which {name} does not use: "
-            "leave them out": words != "simulated" and {"sentence_noise", "sentences_csv"} & {*cfg.given}})
+            "leave them out": words != "simulated" and (cfg.sentence_noise or cfg.sentences_csv)})
     return Corpus(name, str(source), clips, left_out, split, words, caveats_of(clips, split, words, cfg))
+
+
+def own_words(known):
+    """What models call emotions that they know, by the words of others: {anger: angry}; {} for no models."""
+    return {word: name for word, name in SYNONYMS.items() if known and word not in known}
+
+
+def counted_as(cfg, known):
+    """{emotion: what it counts as} by --merge and by the words of models that know some. Raises UserError."""
+    own = own_words(known)
+    pairs = [tuple(map(str.strip, pair.partition("=")[::2])) for pair in names_in(cfg.merge.lower())]
+    asked = {own.get(word, word): own.get(name, name) for word, name in pairs}
+    refuse({f"--merge {cfg.merge} counts an emotion as two, or as one that is itself merged: name each once":
+            len(asked) < len(pairs) or {*asked} & {*asked.values()}})
+    return {word: asked.get(name, name) for word, name in own.items()} | asked
 
 
 def merged(files, cfg, known):
     """Listed files with their emotions as --merge names them. Raises UserError."""
-    # Models that know some emotions know them by other words too; --merge may use either.
-    synonyms = {word: name for word, name in SYNONYMS.items() if known and word not in known}
-    pairs = [tuple(map(str.strip, pair.partition("=")[::2])) for pair in names_in(cfg.merge.lower())]
-    asked, classes = dict(pairs), classes_of(files)
-    called = {name: synonyms.get(name, name) for name in classes}
+    names, classes = counted_as(cfg, known), classes_of(files)
     every = list(dict.fromkeys([*EMOTIONS, *classes, *known]))
     refuse({f"--merge {cfg.merge} is not a list of pairs such as calm=neutral, of {', '.join(every)}":
-            not {*asked, *asked.values()} <= {*every},
-            f"--merge {cfg.merge} counts an emotion as two, or as one that is itself merged: name each once":
-            len(asked) < len(pairs) or {*asked} & {*asked.values()}})
-    names = {name: asked.get(name, asked.get(other, other)) for name, other in called.items()}
-    there = [name for name in every if name in names.values()]
-    return files.assign(emotion=pd.Categorical(files["emotion"].astype(object).map(names), there))
+            {*names, *names.values()}.difference(every, own_words(known))})
+    called = {name: names.get(name, name) for name in classes}
+    there = [name for name in every if name in called.values()]
+    return files.assign(emotion=pd.Categorical(files["emotion"].astype(object).map(called), there))
 
 
 def without_emotions(files, unwanted):
@@ -614,7 +629,7 @@ def path_in(text):
 
 def spans_of(table):
     """(start, end) of each line of a table in s, the whole file where it names none, NaN for other texts."""
-    texts = table[["start", "end"]].replace({"start": {"": WHOLE[0]}, "end": {"": WHOLE[1]}})
+    texts = table[["start", "end"]].replace({"start": {"": "0"}, "end": {"": "inf"}})
     return list(texts.apply(pd.to_numeric, errors="coerce").itertuples(index=False, name=None))
 
 
@@ -695,7 +710,7 @@ def read_table(path, needed, optional, advice, others=False):
                         f"quotes, a quote is written twice): {advice}") from error
 
     # What csv lets pass, but would be read as something else than was meant.
-    columns = (others and reader.fieldnames) or [*needed, *optional]
+    columns = (others and [*filter(None, reader.fieldnames)]) or [*needed, *optional]
     named = [name for name in reader.fieldnames if name in columns]
     refuse({f"{path} line 1 must name the columns {' and '.join(needed)}, none twice: {advice}":
             set(needed).difference(named) or len(set(named)) < len(named)})
@@ -756,7 +771,7 @@ def split_kind(clips, cfg):
         return cfg.split
 
     why = "a column split" if own else "no column speaker"
-    asked = "split" in cfg.given and (own or cfg.split != "random")
+    asked = ("split" in cfg.given or cfg.split != "speaker") and (own or cfg.split != "random")
     refuse({f"{cfg.manifest} has {why}: leave out --folds, --runs and --split":
             cfg.folds != "0" or cfg.runs > 1 or asked})
     # Without names there is no split by speaker.
@@ -1317,8 +1332,11 @@ def file_parts(file, span):
     rate = file.samplerate
     refuse({f"its header says {rate} Hz": not 1000 <= rate <= 768000}, AudioError)
     start, last = frames_in(span, file.frames, rate)
+    # What an MP3 decoder gives right after a seek is damaged.
+    early = min(start, rate // 4)
     if file.seekable():
-        file.seek(start)
+        file.seek(start - early)
+        file.read(early)
     else:
         file.read(start)
     first = start
@@ -1419,7 +1437,7 @@ def numbers_of(recording, rate):
     Raises UserError.
     """
     if isinstance(recording, tuple) and len(recording) == 2:  # as librosa and gradio give it
-        rate, recording = sorted(recording, key=np.size)
+        rate, recording = sorted(recording, key=np.ndim)
     if hasattr(recording, "detach"):  # a tensor may need gradients, or lie on a GPU
         recording = recording.detach().cpu().float()
     samples = np.zeros(())
@@ -4325,7 +4343,8 @@ def describe_corpus(corpus):
 
     if "statement" in clips:
         sentences.append(missing_clips(clips))
-    same = clips[clips.duplicated("digest", keep=False)].groupby("digest")["clip"].agg(list)
+    names = clips["clip"] + " (" + clips["emotion"].astype(str) + ")"
+    same = names[clips.duplicated("digest", keep=False)].groupby(clips["digest"]).agg(list)
     for names in same[:1]:
         sentences.append(f"Same bytes under several names: {plural(len(same), 'time')}, the first "
                          f"{' = '.join(names[:5])}.")
@@ -4648,7 +4667,7 @@ def evaluate_phase(cfg):
     # The features are those of the training, the corpus is another one.
     work = predictor.cfg._replace(
         output_dir=evaluation_folder(cfg), given=cfg.given, split="speaker", folds="0", runs=1, demo=False,
-        fusion="both", use_simulated_sentences=False, leave_out="")
+        fusion="both", use_simulated_sentences=False, sentence_noise=0.0, sentences_csv="", leave_out="")
     whole = read_corpus(work, predictor.classes)
     corpus = shared_emotions(whole, predictor.classes, cfg)
     classes, emotions = classes_of(corpus.clips), whole.clips["emotion"]
@@ -4710,8 +4729,12 @@ def elsewhere(predictor, corpus):
         calibration = calibration | {"speech_adapted": calibration["speech"]}
     answers = predict(log_probs, windows, calibration, predictor.cfg)
     classes = classes_of(corpus.clips)
+    # What counts as another emotion does so in clips and in answers.
+    names = counted_as(predictor.cfg, predictor.classes)
+    own = np.array([names.get(name, name) for name in predictor.classes])
+    counts = (own[:, None] == np.array(classes)).astype(float)  # (C, K)
     for name in answers:
-        shares = answers[name][:, labels_of(classes, predictor.classes)].clip(1e-7)
+        shares = (answers[name] @ counts).clip(1e-7)
         answers[name] = shares / shares.sum(axis=1, keepdims=True)
     return predictions_table(answers, corpus.clips, classes, fold=0, seed=0)
 

@@ -120,16 +120,16 @@ def largest_difference(path, predictor):
     voice = er.synthesize("happy", 1, np.random.default_rng(0), rate)
     samples, _ = er.load_samples(voice, predictor.cfg, rate)
     try:
-        (answer,) = runtime.InferenceSession(path).run(None, {"samples": samples[None]})
+        ((answer,),) = runtime.InferenceSession(path).run(None, {"samples": samples[None]})
     except Exception as error:  # it has many kinds
         raise er.UserError(f"onnxruntime {runtime.__version__} cannot read the file: {PACKAGES}") from error
-    (asked,) = predictor.predict(voice, rate).loc[["AudioCNN"], predictor.classes].to_numpy()
-    return np.abs(answer - asked).max()
+    return (predictor.predict(voice, rate).loc["AudioCNN", predictor.classes] - answer).abs().max()
 
 
 def main(argv):
     """Write the file; flags as on the command line of the script. Raises UserError."""
     cfg = er.parse_settings([*argv, "--phase=predict"])
+    er.refuse_idle(cfg, ("phase", "demo", "output_dir", "test_views"), "an ONNX file")
     er.load_package("onnxscript", PACKAGES)
     models, path = Path(cfg.output_dir).glob("*_best.pth"), er.file_of(cfg, "cnn", ".onnx")
     er.refuse({f"{cfg.output_dir} holds no AudioCNN, which alone can be written: train it with --run-models "

@@ -43,8 +43,7 @@ def leave_one_actor_out(clips, windows, cfg, device):
 def main(argv):
     """Write the checkpoint; flags as on the command line of the script."""
     cfg = er.parse_settings(argv)
-    idle = [er.flag_of(key, getattr(cfg, key)) for key in cfg.given if key not in ASKED]
-    er.refuse({f"{TARGET.name} is trained on all of RAVDESS, and has no use for {' '.join(idle)}": idle})
+    er.refuse_idle(cfg, ASKED, f"{TARGET.name}, trained on all of RAVDESS,")
     device, corpus = er.pick_device(cfg), er.read_corpus(cfg)
     clips = corpus.clips.assign(split="validation")
     windows = er.windows_of(clips, cfg)

@@ -139,9 +139,8 @@ def main(argv):
     parser.add_argument("--share", action="store_true", help="a public address too, by way of gradio.live")
     asked, others = parser.parse_known_args(argv)
     cfg = er.parse_settings(others)
-    idle = [er.flag_of(key, getattr(cfg, key)) for key in cfg.given if key not in CHOOSES_MODELS]
-    er.refuse({f"--port {asked.port} is not from 1 to 65535": not 1 <= asked.port <= 65535,
-               f"a page has no use for {' '.join(idle)}: leave it out": idle})
+    er.refuse_idle(cfg, CHOOSES_MODELS, "a page")
+    er.refuse({f"--port {asked.port} is not from 1 to 65535": not 1 <= asked.port <= 65535})
     gradio = load_gradio()
     serve(page_of(er.predictor_of(cfg), gradio), asked)
 
