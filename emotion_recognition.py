@@ -690,10 +690,12 @@ def read_csv(path, advice):
             f"which Excel calls CSV UTF-8: {advice}": unread})
 
     # Excel separates by semicolons where commas are decimal, and may say so in a line of its own.
-    text = re.sub(r'^"?sep=[^\r\n]*\s+', "", text)
     separator = max(",;\t", key=text.partition("\n")[0].count)
-    return csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True,
-                          strict=True)
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True,
+                            strict=True)
+    if re.match('"?sep=', text):
+        next(reader.reader)
+    return reader
 
 
 def read_table(path, needed, optional, advice, others=False):
@@ -4343,13 +4345,17 @@ def describe_corpus(corpus):
 
     if "statement" in clips:
         sentences.append(missing_clips(clips))
-    names = clips["clip"] + " (" + clips["emotion"].astype(str) + ")"
-    same = names[clips.duplicated("digest", keep=False)].groupby(clips["digest"]).agg(list)
-    for names in same[:1]:
-        sentences.append(f"Same bytes under several names: {plural(len(same), 'time')}, the first "
-                         f"{' = '.join(names[:5])}.")
+    sentences += same_bytes(clips)
     sentences += itertools.starmap("Left out: {}: {}.".format, broken[:10].to_numpy())
     return sentences + holding({f"Left out: {len(broken) - 10} more, see left_out.csv.": len(broken) > 10})
+
+
+def same_bytes(clips):
+    """How many sounds have several names, with the names and emotions of the first, as sentences."""
+    names = clips["clip"] + " (" + clips["emotion"].astype(str) + ")"
+    same = names[clips.duplicated("digest", keep=False)].groupby(clips["digest"]).agg(list)
+    return [f"Same bytes under several names: {plural(len(same), 'time')}, the first {' = '.join(first[:5])}."
+            for first in same[:1]]
 
 
 def counted(column):

@@ -6758,6 +6758,13 @@ def test_tables_are_read_as_other_programs_write_them(kind, encoding):
     assert list(clips["actor"]) == [1, 2]
 
 
+def test_a_line_after_a_note_to_excel_is_named_as_an_editor_counts_it():
+    Path("m.csv").write_text("sep=;\npath;emotion\na.wav;happy\nb.wav;\n")
+    touch(".", "a.wav", "b.wav")
+    with pytest.raises(er.UserError, match=r"m\.csv line 4: it has no emotion"):
+        er.list_manifest("m.csv")
+
+
 @pytest.mark.parametrize("word", ["nan", "NaN", "NA", "<NA>", "None", "null", " "])
 def test_speakers_that_are_missing_throughout_are_nobody(word):
     clips = er.list_manifest(manifest(f"a.wav,happy,{word},", f"b.wav,sad,{word},"))
