@@ -350,9 +350,8 @@ def check_settings(cfg):
     folds, names = names_in(cfg.folds), set(names_in(cfg.run_models))
     runs = len(runs_of(cfg))
     known = [name for name in TRAINED if not name.startswith("attention")]
-    of_recordings = {"input", "text", "json"}
-    useful = PREDICTS_WITH if cfg.phase == "predict" else {*cfg._fields} - of_recordings
-    refuse_idle(cfg, useful, f"--phase {cfg.phase}")
+    if cfg.phase == "predict":
+        refuse_idle(cfg, PREDICTS_WITH, "--phase predict")
     # One corpus a run; --download fills the folder of --ravdess-path.
     corpora = holding({f"--manifest {cfg.manifest}": cfg.manifest, "--demo": cfg.demo,
                        "--ravdess-path or --download": cfg.download or "ravdess_path" in cfg.given})

@@ -7779,7 +7779,7 @@ def main_without_plots(argv):
 def test_a_run_that_is_killed_ten_times_ends_like_one_that_is_not(
         finished, processes, tmp_path, monkeypatch):
     command = "--device cpu --phase fusion --run-models fusion_rnn --ravdess-path".split()
-    command += [str(finished / CORPUS), *"--epochs-cnn 3 --epochs-rnn 3 --epochs-fusion 3".split()]
+    command += [str(finished / CORPUS), *"--epochs-cnn 2 --epochs-rnn 2 --epochs-fusion 2".split()]
 
     def run(folder, seconds=None):
         """The exit code of the command in a new process, which is killed after so many seconds."""
@@ -9081,7 +9081,6 @@ ONE_SENTENCE = {  # what is wrong: (command line, what the sentence must name, h
 
     # One's own recordings
     "no recording named": ("--demo --phase predict", "--input"),
-    "words of no recording": ("--demo --text Well --json", "--phase all has no use for --text=Well --json: "),
     "no such recording": ("--demo --phase predict --input a.wav", "a.wav|does not exist|--input"),
     "no recordings": (PREDICT, "own|holds no recordings|--input", lambda _: remove("*")),
     "a recording of text": (
