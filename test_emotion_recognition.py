@@ -5589,7 +5589,7 @@ def test_a_search_without_optuna_says_how_to_install_it(monkeypatch):
     (["--trials", "0"], "error: --trials 0 is less than 1"),
     (["--trials", "many"], "error: argument --trials: invalid int value: 'many'"),
     (["--models", "fusion_rnn"], "error: argument --models: invalid choice: 'fusion_rnn'"),
-    (["--", "--runs=2"], "error: a search has no use for --phase, --input, --runs"),
+    (["--", "--runs=2", "--only-run=1"], "error: a search has no use for --runs=2 --only-run=1: leave it out"),
     (["--", "--no-use-simulated-sentences"], "error: a search reads no transcripts of Whisper's"),
     (["--", "--epoch-rnn=3"], "error: unrecognized arguments: --epoch-rnn=3"),
     (["--", "--ravdess-path=nowhere"], "error: .*nowhere"),
