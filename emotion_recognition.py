@@ -450,10 +450,10 @@ REASONS = {  # why a file is no clip: that of the first pattern which its name f
 PASSED_OVER = ["second copy", "song", "video", "other name", "--leave-out"]  # why files are no clips
 UNFINISHED = ".unfinished"  # ends the name of a folder that --download is still filling
 RESERVED = {  # columns of tables: names that no emotion may have
-    *"system fold seed split clip actor emotion true predicted caveats transcript intensity sex".split(),
-    *"statement repetition digest path mel samples confidence accuracy start end voiced recording".split(),
-    *"error model note text text_source over_time unsure gate by clips uar nll ece macro_f1 key".split(),
     "no speech",
+    *("system fold seed split clip actor emotion true predicted caveats transcript intensity sex "
+      "statement repetition digest path mel samples confidence accuracy start end voiced recording "
+      "error model note text text_source over_time unsure gate by clips uar nll ece macro_f1 key").split(),
 }
 
 
