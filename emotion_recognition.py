@@ -4160,8 +4160,8 @@ def folder_of_answers(cfg):
 def key_of(recording, predictor, cfg):
     """A key of the bytes of a recording and of what else its answer depends on."""
     trained = [checkpoint.fingerprint for checkpoint in predictor.checkpoints.values()]
-    code = digest(source_code())
-    parts = [recording.name, recording.row, trained, code, predictor.cfg, predictor.has_whisper, cfg.text]
+    parts = [recording.name, recording.row, trained, source_code(), predictor.cfg, predictor.has_whisper,
+             cfg.text]
     with contextlib.suppress(OSError, MemoryError):
         parts.append(recording.path.read_bytes())
     return digest(*parts)
