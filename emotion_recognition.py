@@ -3088,12 +3088,12 @@ def confusion(table, classes):
     return counts.reindex(index=classes, columns=classes, fill_value=0)
 
 
-def reliability(table, classes, by, bins=15):
-    """Mean confidence, share right and clips in equal bins of confidence: a row for each group and bin."""
+def reliability(table, classes, by):
+    """Mean confidence, share right and clips in 15 equal bins of confidence: a row for each group and bin."""
     confidence = table[classes].max(axis=1)
     answers = table[by].assign(
         # A confidence of exactly 1 belongs to the last bin.
-        bin=(confidence * bins).astype(int).clip(upper=bins - 1),
+        bin=(confidence * 15).astype(int).clip(upper=14),
         confidence=confidence,
         right=table["emotion"] == table["predicted"])
     groups = answers.groupby([*by, "bin"], sort=False)
