@@ -3505,10 +3505,9 @@ def shares_table(results):
     """How often each system names each emotion on test clips, and how often it is true, as texts."""
     shares = {}
     for name, part in results.by_system:
-        counts = confusion(part, results.classes)
-        shares[results.titles[name]] = counts.sum() / len(part)
-    shares["true"] = counts.sum(axis=1) / len(part)  # all systems answer the same clips
-    return pd.DataFrame(shares).T.map(percent).rename_axis("system")
+        shares[results.titles[name]] = part["predicted"].value_counts(normalize=True)
+    shares["true"] = part["emotion"].value_counts(normalize=True)  # all systems answer the same clips
+    return pd.DataFrame(shares, results.classes).fillna(0).T.map(percent).rename_axis("system")
 
 
 def draw_plots(results):
