@@ -2899,13 +2899,10 @@ def fit_threshold(probabilities, labels):
 
     So where confidences are calibrated, it is near one half.
     """
-    confidence = probabilities.max(axis=1)
-    order = np.argsort(-confidence, kind="stable")
-    right = (probabilities.argmax(axis=1) == labels)[order]
-    confidence, net = confidence[order], np.cumsum(2 * right - 1)
-    net[:-1][confidence[:-1] == confidence[1:]] = 0  # who are as confident are above it together
-    best = np.argmax(net)
-    return float(confidence[best]) if net[best] > 0 else math.inf
+    right = pd.Series(probabilities.argmax(axis=1) == labels)
+    # Who are as confident are above it together.
+    net = (2 * right - 1).groupby(probabilities.max(axis=1)).sum()[::-1].cumsum()
+    return float(net.idxmax()) if net.max() > 0 else math.inf
 
 
 def fit_fusion_weights(logs, labels):
