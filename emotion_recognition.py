@@ -4640,9 +4640,8 @@ def results_of(trained, clips_of):
 
 def parameters_of(checkpoint):
     """How many parameters were trained: not those of frozen parts, nor what normalisation counts."""
-    sizes = [tensor.numel() for part, tensor in checkpoint.weights.items()
-             if not re.search("^encoders|running_|_tracked", part)]
-    return sum(sizes)
+    return sum(tensor.numel() for part, tensor in checkpoint.weights.items()
+               if not re.search("^encoders|running_|_tracked", part))
 
 
 def report_phase(cfg):
