@@ -367,8 +367,11 @@ def check_settings(cfg):
             cfg.only_run > runs,
         "--split random has no folds: leave out --folds and --runs, or --split random":
             cfg.split == "random" and len(folds) * cfg.runs > 1,
-        f"--clip-seconds {cfg.clip_seconds} is shorter than 16 frames of --hop-length":
-            cfg.clip_seconds * cfg.sampling_rate < 16 * cfg.hop_length,
+        f"--clip-seconds {cfg.clip_seconds} is shorter than {LEAST} frames of --hop-length":
+            cfg.clip_seconds * cfg.sampling_rate < LEAST * cfg.hop_length,
+        f"--hop-length {cfg.hop_length} is long for --sampling-rate {cfg.sampling_rate}, speech of {LEAST} "
+        f"frames is the least that is heard: at most {int(0.035 * cfg.sampling_rate)}":
+            cfg.hop_length > 0.035 * cfg.sampling_rate,
     })
     refuse_pointers(cfg)
 
@@ -464,7 +467,7 @@ def read_corpus(cfg, known=()):
     """
     source = cfg.manifest or find_corpus(cfg)
     files = list_manifest(source) if cfg.manifest else list_ravdess(source)
-    files = without_emotions(merged(files, cfg, known), names_in(cfg.leave_out))
+    files = without_emotions(merged(files, cfg, known), names_in(cfg.leave_out.lower()))
     files = load_clips(files, cfg)
 
     # A copy under the same name counts once, and a damaged first copy does not hide a good second one.
@@ -1387,7 +1390,7 @@ def open_sound(path):
     """An open SoundFile. Raises AudioError for what is no file of sound, or was cut off."""
     file = Path(path)
     refuse({
-        "it is an address of the web: download it first": re.match("[a-z]+:/", path),
+        "it is an address of the web: download it first": re.match("[a-z]{2,}:/", path),
         "it is a folder": file.is_dir(),
         "it does not exist": not file.exists(),
     }, AudioError)
@@ -3932,7 +3935,7 @@ class Predictor:
         """
         refuse({f"text {text!r} is no text: say as a str what is said, or leave it out":
                 not isinstance(text, (str, type(None)))})
-        tables, said, start = [], [], span[0]
+        tables, silent, said, start = [], [], [], span[0]
         for part, rate in sound_parts(recording, sampling_rate, span):
             if start > span[0] and len(part) < rate:  # the last moment
                 break
@@ -3940,6 +3943,7 @@ class Predictor:
             windows[["start", "end"]] += start
             start += len(part) / rate
             if not windows["voiced"].any():
+                silent.append(windows)
                 continue
             if transcribe and text is None and self.has_whisper:
                 text = transcript_of(heard, self.cfg, self.device)
@@ -3949,7 +3953,7 @@ class Predictor:
             tables.append(windows.drop(columns=["mel", "samples"]))
 
         if not said:
-            return windows, {}
+            return pd.concat(silent, ignore_index=True), {}
         log_probs = {name: torch.cat([each[name] for each in said], dim=1) for name in said[0]}
         return pd.concat(tables, ignore_index=True), log_probs
 
@@ -4123,7 +4127,7 @@ def answer_or_reason(recording, predictor, cfg):
 
 def plain_name(name, key):
     """A name for files, from any name and from what must not share them: a/b.wav and a_b.wav are two."""
-    return re.sub(r"[^\w.-]", "_", name)[-100:] + f"-{digest(key)[:6]}"
+    return re.sub(r"[^\w.-]", "_", name)[-60:] + f"-{digest(key)[:6]}"
 
 
 def save_course(name, course, predictor, folder):
@@ -4389,7 +4393,7 @@ def describe_split(clips, corpus, run):
     splits = clips.groupby("actor")["split"].nunique()
     shared = sum(splits.drop("", errors="ignore") > 1)
     other = clips["emotion"] != clips.get("sentence_emotion", clips["emotion"])
-    why = {"text": f"other sentences than {run.split}", "half": "every other one"}.get(
+    why = {"text": "with a sentence that other splits have", "half": "every other one"}.get(
         corpus.split, "since their sound occurs in an earlier split")
     left = len(corpus.clips) - len(clips)
     segments = sum(span != WHOLE for span in clips.get("span", []))
@@ -4654,6 +4658,11 @@ def report_phase(cfg):
     publish(results)
 
 
+AS_IT_IS = {  # settings with which another corpus is read, whatever the training had; for companions too
+    "split": "speaker", "folds": "0", "runs": 1, "demo": False, "leave_out": "",
+    "use_simulated_sentences": False, "sentence_noise": 0.0, "sentences_csv": ""}
+
+
 def evaluate_phase(cfg):
     """Score the models of OUTPUT_DIR, as they were trained, on another corpus; into a folder of its own."""
     predictor = predictor_of(cfg)
@@ -4664,9 +4673,8 @@ def evaluate_phase(cfg):
     encoder = encoder_of(predictor.checkpoints)
     refuse_contradictions(cfg, predictor.cfg._asdict(), encoder, folder)
     # The features are those of the training, the corpus is another one.
-    work = predictor.cfg._replace(
-        output_dir=evaluation_folder(cfg), given=cfg.given, split="speaker", folds="0", runs=1, demo=False,
-        fusion="both", use_simulated_sentences=False, sentence_noise=0.0, sentences_csv="", leave_out="")
+    work = predictor.cfg._replace(output_dir=evaluation_folder(cfg), given=cfg.given, fusion="both",
+                                  **AS_IT_IS)
     whole = read_corpus(work, predictor.classes)
     corpus = shared_emotions(whole, predictor.classes, cfg)
     classes, emotions = classes_of(corpus.clips), whole.clips["emotion"]

@@ -68,9 +68,9 @@ CHANGES = {  # of samples (n,) at `rate` Hz, at which they stay, but for those a
 
 def find_clips(source, predictor, count):
     """`count` clips of a folder or table, of the test split if any are, with their `split` in training."""
-    cfg = predictor.cfg._replace(ravdess_path=source, manifest=source * source.endswith(".csv"), folds="0",
-                                 given=("ravdess_path",), runs=1, leave_out="", use_simulated_sentences=False)
-    clips = er.read_corpus(cfg).clips.drop(columns=er.FEATURES)
+    cfg = predictor.cfg._replace(ravdess_path=source, manifest=source * source.lower().endswith(".csv"),
+                                 given=("ravdess_path",), **er.AS_IT_IS)
+    clips = er.read_corpus(cfg, predictor.classes).clips.drop(columns=er.FEATURES)
     clips = clips[clips["emotion"].isin(predictor.classes)].sort_values("digest")
     er.refuse({f"{source} has no clip that is {' or '.join(predictor.classes)}": clips.empty})
 
