@@ -2515,7 +2515,7 @@ OTHERS = {  # definition: (text, replacement), without a new line
     "fit_epoch": ("accuracy = np.mean", "accuracy  =  np.mean"),
     "plot_comparison": ("steelblue", "gray"),
     "add_part": ("Cm(17)", "Cm(16)"),
-    "reliability": ("bins=15", "bins=10"),
+    "reliability": ("confidence * 15", "confidence * 10"),
     "Predictor": ("480000", "480001"),
     "synthesize": ("0.8", "0.7"),
 }
