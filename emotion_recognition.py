@@ -369,9 +369,6 @@ def check_settings(cfg):
             cfg.split == "random" and len(folds) * cfg.runs > 1,
         f"--clip-seconds {cfg.clip_seconds} is shorter than {LEAST} frames of --hop-length":
             cfg.clip_seconds * cfg.sampling_rate < LEAST * cfg.hop_length,
-        f"--hop-length {cfg.hop_length} is long for --sampling-rate {cfg.sampling_rate}, speech of {LEAST} "
-        f"frames is the least that is heard: at most {int(0.035 * cfg.sampling_rate)}":
-            cfg.hop_length > 0.035 * cfg.sampling_rate,
     })
     refuse_pointers(cfg)
 
@@ -467,7 +464,7 @@ def read_corpus(cfg, known=()):
     """
     source = cfg.manifest or find_corpus(cfg)
     files = list_manifest(source) if cfg.manifest else list_ravdess(source)
-    files = without_emotions(merged(files, cfg, known), names_in(cfg.leave_out.lower()))
+    files = without_emotions(merged(files, cfg, known), names_in(cfg.leave_out))
     files = load_clips(files, cfg)
 
     # A copy under the same name counts once, and a damaged first copy does not hide a good second one.
@@ -497,10 +494,12 @@ def counted_as(cfg, known):
     """{emotion: what it counts as} by --merge and by the words of models that know some. Raises UserError."""
     own = own_words(known)
     pairs = [tuple(map(str.strip, pair.partition("=")[::2])) for pair in names_in(cfg.merge.lower())]
-    asked = {own.get(word, word): own.get(name, name) for word, name in pairs}
+    typed, asked = dict(pairs), {(own.get(word, word), own.get(name, name)) for word, name in pairs}
+    counts = {word: name for word, name in asked if word != name}
+    twice = len(typed) < len(pairs) or len({word for word, _ in asked}) < len(asked)
     refuse({f"--merge {cfg.merge} counts an emotion as two, or as one that is itself merged: name each once":
-            len(asked) < len(pairs) or {*asked} & {*asked.values()}})
-    return {word: asked.get(name, name) for word, name in own.items()} | asked
+            twice or {*typed} & {*typed.values()} or {*counts} & {*counts.values()}})
+    return {word: counts.get(name, name) for word, name in own.items()} | counts
 
 
 def merged(files, cfg, known):
@@ -692,12 +691,10 @@ def read_csv(path, advice):
             f"which Excel calls CSV UTF-8: {advice}": unread})
 
     # Excel separates by semicolons where commas are decimal, and may say so in a line of its own.
+    text = re.sub(r'^"?sep=[^\r\n]*\s+', "", text)
     separator = max(",;\t", key=text.partition("\n")[0].count)
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True,
-                            strict=True)
-    if re.match('"?sep=', text):
-        next(reader.reader)
-    return reader
+    return csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True,
+                          strict=True)
 
 
 def read_table(path, needed, optional, advice, others=False):
@@ -1336,21 +1333,24 @@ def file_parts(file, span):
     rate = file.samplerate
     refuse({f"its header says {rate} Hz": not 1000 <= rate <= 768000}, AudioError)
     start, last = frames_in(span, file.frames, rate)
-    # What an MP3 decoder gives right after a seek is damaged.
-    early = min(start, rate // 4)
+    # What an MP3 decoder gives right after a seek is damaged: it is read and dropped.
+    early = min(start, rate // 4) * file.seekable()
     if file.seekable():
         file.seek(start - early)
-        file.read(early)
     else:
         file.read(start)
-    first = start
-    # By number, since some codecs cannot seek.
-    while first < last and len(part := file.read(min(PART * rate, last - first), "float32", always_2d=True)):
-        first += len(part)
+    place = start - early
+    while place < last:
+        # By number, since some codecs cannot seek.
+        part = file.read(min(early + PART * rate, last - place), "float32", always_2d=True)[early:]
+        if not len(part):
+            break
+        place += early + len(part)
+        early = 0
         yield part, rate
     # A length that nobody wrote is no promise.
-    refuse({"no samples in it": first == start,
-            f"cut off: it ends after {first / rate:.2f} of {last / rate:.2f} s": first < last < 2**60},
+    refuse({"no samples in it": place <= start,
+            f"cut off: it ends after {place / rate:.2f} of {last / rate:.2f} s": place < last < 2**60},
            AudioError)
 
 
@@ -3497,7 +3497,8 @@ def plot_confusions(results):
 
 def uar_by(results, by):
     """Test UAR of every system (rows) in the groups of a column, as texts; of `emotion` its recall."""
-    return test_uar(results, by).unstack(by, sort=False).map(percent).rename(results.titles)
+    order = results.test["system"].unique(), results.test[by].unique()
+    return test_uar(results, by).unstack(by).loc[order].map(percent).rename(results.titles)
 
 
 def shares_table(results):
@@ -3943,7 +3944,7 @@ class Predictor:
             windows[["start", "end"]] += start
             start += len(part) / rate
             if not windows["voiced"].any():
-                silent.append(windows)
+                silent.append(windows.drop(columns=["mel", "samples"], errors="ignore"))
                 continue
             if transcribe and text is None and self.has_whisper:
                 text = transcript_of(heard, self.cfg, self.device)

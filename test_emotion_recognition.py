@@ -1029,11 +1029,11 @@ def test_an_emotion_that_the_folder_lacks_is_named_with_the_folder(few_clips):
 
 def test_emotions_that_are_left_out_are_counted_and_no_class_any_more(few_clips):
     unpacked(few_clips)
-    audit = data_of("--ravdess-path", "corpus", "--leave-out", " Calm, disgust,")
+    audit = data_of("--ravdess-path", "corpus", "--leave-out", " calm, disgust,")
     assert "18 clips of 3 actors are used; left out: --leave-out 6" in audit[0]
     assert "Clips per emotion: neutral 3, happy 3, sad 3, angry 3, fearful 3, surprised 3." in audit
     assert "Missing from the 1056 clips of RAVDESS: 1038, the first 03-01-01-01-01-01-04." in audit
-    assert "without Calm, disgust" in read_json("outputs/audit.json")["caveats"]
+    assert "without calm, disgust" in read_json("outputs/audit.json")["caveats"]
 
     clips, left_out = pd.read_csv("outputs/clips.csv"), pd.read_csv("outputs/left_out.csv")
     assert set(clips["emotion"]) == set(er.EMOTIONS) - {"calm", "disgust"}
@@ -1531,8 +1531,8 @@ def test_a_segment_is_read_alone_or_named(span, there):
 
 
 def test_a_segment_of_an_mp3_begins_as_the_file_has_it():
-    samples = np.concatenate([speech(), speech(), speech()])
-    path = written("a.mp3", samples, subtype="MPEG_LAYER_III")
+    path, samples = Path("a.mp3"), er.soxr.resample(np.tile(speech(), 4), RATE, 44100)
+    soundfile.write(path, samples, 44100, "MPEG_LAYER_III", bitrate_mode="VARIABLE", compression_level=0.99)
     ((whole, rate),) = er.sound_parts(path)
     ((part, _),) = er.sound_parts(path, span=(1.3, 3.0))
     assert np.abs(part - whole[round(1.3 * rate):3 * rate]).max() < 1e-6
@@ -5597,7 +5597,7 @@ def test_a_search_without_optuna_says_how_to_install_it(monkeypatch):
     (["--trials", "0"], "error: --trials 0 is less than 1"),
     (["--trials", "many"], "error: argument --trials: invalid int value: 'many'"),
     (["--models", "fusion_rnn"], "error: argument --models: invalid choice: 'fusion_rnn'"),
-    (["--", "--runs=2", "--only-run=1"], "error: a search has no use for --runs=2 --only-run=1: "),
+    (["--", "--runs=2"], "error: a search has no use for --phase, --input, --runs"),
     (["--", "--no-use-simulated-sentences"], "error: a search reads no transcripts of Whisper's"),
     (["--", "--epoch-rnn=3"], "error: unrecognized arguments: --epoch-rnn=3"),
     (["--", "--ravdess-path=nowhere"], "error: .*nowhere"),
@@ -6780,13 +6780,6 @@ def test_tables_are_read_as_other_programs_write_them(kind, encoding):
     assert list(clips["actor"]) == [1, 2]
 
 
-def test_a_line_after_a_note_to_excel_is_named_as_an_editor_counts_it():
-    Path("m.csv").write_text("sep=;\npath;emotion\na.wav;happy\nb.wav;\n")
-    touch(".", "a.wav", "b.wav")
-    with pytest.raises(er.UserError, match=r"m\.csv line 4: it has no emotion"):
-        er.list_manifest("m.csv")
-
-
 @pytest.mark.parametrize("word", ["nan", "NaN", "NA", "<NA>", "None", "null", " "])
 def test_speakers_that_are_missing_throughout_are_nobody(word):
     clips = er.list_manifest(manifest(f"a.wav,happy,{word},", f"b.wav,sad,{word},"))
@@ -7365,6 +7358,23 @@ def test_a_merge_counts_no_emotion_twice(few_clips, wrong):
     unpacked(few_clips)
     sentence = refusal_of("--ravdess-path", "corpus", "--merge", wrong)
     assert sentence.startswith(f"--merge {wrong} counts an emotion as two, or as one that is itself merged")
+
+
+@pytest.mark.parametrize(("merge", "classes"), [
+    ("joy=happy", ["happy", "angry"]),
+    ("anger=sad,happiness=happy", ["happy", "sad"]),
+    ("joy=sad,anger=sad", ["sad"]),
+])
+def test_a_merge_may_say_in_other_words_what_models_call_an_emotion(merge, classes):
+    files = pd.DataFrame({"emotion": pd.Categorical(["joy", "anger"])})
+    names = er.merged(files, config(merge=merge), er.EMOTIONS)["emotion"]
+    assert [name for name in er.EMOTIONS if name in set(names)] == classes
+
+
+def test_a_merge_in_other_words_counts_no_emotion_twice():
+    files = pd.DataFrame({"emotion": pd.Categorical(["joy", "anger"])})
+    with pytest.raises(er.UserError, match="counts an emotion as two"):
+        er.merged(files, config(merge="anger=sad,angry=happy"), er.EMOTIONS)
 
 
 def test_clips_of_merged_emotions_are_missed(few_clips, unpublished):
@@ -9019,7 +9029,6 @@ ONE_SENTENCE = {  # what is wrong: (command line, what the sentence must name, h
     "a fold twice": ("--folds 1,1", "--folds|different"),
     "folds of a random split": ("--folds 0,1 --split random", "--folds|--split random"),
     "a window too short": ("--clip-seconds 0.1", "--clip-seconds 0.1|16 frames of --hop-length"),
-    "frames too long": ("--sampling-rate 4000", "--hop-length 256|--sampling-rate 4000|at most 140"),
     "no such device": (
         f"{OWN} --device cuda", "--device cuda is not available|--device cpu",
         lambda patch: patch.setattr(torch.cuda, "is_available", lambda: False)),

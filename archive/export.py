@@ -129,7 +129,7 @@ def largest_difference(path, predictor):
 def main(argv):
     """Write the file; flags as on the command line of the script. Raises UserError."""
     cfg = er.parse_settings([*argv, "--phase=predict"])
-    er.refuse_idle(cfg, ("phase", "demo", "output_dir", "test_views"), "an ONNX file")
+    er.refuse_idle(cfg, ("phase", "demo", "output_dir", "test_views", "device"), "an ONNX file")
     er.load_package("onnxscript", PACKAGES)
     models, path = Path(cfg.output_dir).glob("*_best.pth"), er.file_of(cfg, "cnn", ".onnx")
     er.refuse({f"{cfg.output_dir} holds no AudioCNN, which alone can be written: train it with --run-models "

@@ -127,9 +127,9 @@ def main(argv):
     cfg = er.parse_settings([*(flag for flag in flags if flag != "--"), f"--run-models={asked.models}"])
     searched = er.SYSTEMS[asked.models].kind.depends_on(cfg).keys() - {*cfg.given}
     ranges = {key: ends for key, ends in RANGES.items() if key in searched}
-    er.refuse_idle(cfg, {*cfg._fields} - {"phase", "input", "runs", "only_run"}, "a search")
     er.refuse({f"--trials {asked.trials} is less than 1": asked.trials < 1,
                "every setting of the search stands among the flags: leave one out": not ranges,
+               "a search has no use for --phase, --input, --runs": cfg.phase != "all" or cfg.runs > 1,
                "a search reads no transcripts of Whisper's": not cfg.use_simulated_sentences})
     er.load_package("optuna.storages.journal", 'pip install "optuna>=4"')
     corpus, folder = er.read_corpus(cfg), Path(cfg.output_dir, f"tune_{asked.models}")
