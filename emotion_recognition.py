@@ -496,7 +496,7 @@ def counted_as(cfg, known):
     pairs = [tuple(map(str.strip, pair.partition("=")[::2])) for pair in names_in(cfg.merge.lower())]
     typed, asked = dict(pairs), {(own.get(word, word), own.get(name, name)) for word, name in pairs}
     counts = {word: name for word, name in asked if word != name}
-    twice = len(typed) < len(pairs) or len({word for word, _ in asked}) < len(asked)
+    twice = len(typed) < len(pairs) or len(dict(asked)) < len(asked)
     refuse({f"--merge {cfg.merge} counts an emotion as two, or as one that is itself merged: name each once":
             twice or {*typed} & {*typed.values()} or {*counts} & {*counts.values()}})
     return {word: counts.get(name, name) for word, name in own.items()} | counts
